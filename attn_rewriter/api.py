@@ -1,0 +1,99 @@
+"""`optimize`, `explain` and `report_of`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from attn_rewriter.backend import Backend
+from attn_rewriter.choose import Request
+from attn_rewriter.device import Device
+from attn_rewriter.options import Compiler, Options
+from attn_rewriter.report import Report
+
+Model = TypeVar("Model", bound=Callable[..., Any])
+
+_backends: WeakKeyDictionary[Any, Backend] = WeakKeyDictionary()
+
+
+def optimize(
+    model: Model,
+    *,
+    kernel: Request = "auto",
+    compiler: Compiler = "inductor",
+    mode: str | None = None,
+    dynamic: bool | None = None,
+    fullgraph: bool = False,
+    strict: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> Model:
+    """Compile a module in place, its attention rewritten, and return it; a function is returned compiled.
+
+    The module keeps its class, parameters and methods: only what a call of it runs changes, from the first call on.
+
+    Args:
+        kernel: "auto", a kernel's name, or a list of names in order of preference.
+        compiler: the name of a `torch.compile` backend, or a callable taking `(gm, example_inputs)`.
+        mode, dynamic, fullgraph: as in `torch.compile`.
+        strict: raise where something unexpected happens at a site, instead of leaving it as it is with a warning.
+        options: more options for the compiler, as in `torch.compile`.
+
+    Raises:
+        TypeError: `model` is neither a module nor a callable.
+        ValueError: an option, kernel, compiler or mode is not known; the message names the valid ones.
+    """
+    _check_model(model)
+    given = {**(options or {}), "kernel": kernel, "compiler": compiler, "strict": strict}
+    backend = Backend(Options.of(given, mode))
+    if isinstance(model, nn.Module):
+        model.compile(backend=backend, dynamic=dynamic, fullgraph=fullgraph)
+        _backends[model] = backend
+        return model
+    compiled: Model = torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=fullgraph)
+    _backends[compiled] = backend
+    return compiled
+
+
+def report_of(model: Any) -> Report:
+    """What was rewritten in the graphs that `optimize(model)` has compiled so far.
+
+    Raises `ValueError` where `model` did not come from `optimize`.
+    """
+    try:
+        return _backends[model].report
+    except (KeyError, TypeError):
+        raise ValueError("report_of takes a model that optimize() returned") from None
+
+
+def explain(model: Callable[..., Any], *args: Any, device: Device | str | None = None, **kwargs: Any) -> Report:
+    """Run a model once on the given inputs and say, site by site, what its attention computes and which kernel takes
+    its place; the model stays as it is.
+
+    `device` imagines another device: "sm_90", "cpu", or a `Device`. Then nothing is replaced in the run itself.
+
+    Raises:
+        TypeError: `model` is neither a module nor a callable.
+        ValueError: `device` is not known.
+    """
+    _check_model(model)
+    imagined = None if device is None else Device.parse(device)
+    backend = Backend(Options(compiler=_run_as_is), device=imagined, dry=imagined is not None)
+    call = model._call_impl if isinstance(model, nn.Module) else model
+    # A report of its own for each call: the many compilations of one function must not meet Dynamo's limit for them.
+    unlimited = {"recompile_limit": 1 << 20, "accumulated_recompile_limit": 1 << 20}
+    with torch._dynamo.config.patch(unlimited):
+        torch.compile(lambda *a, **k: call(*a, **k), backend=backend)(*args, **kwargs)
+    return backend.report
+
+
+def _run_as_is(gm: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+    return gm.forward
+
+
+def _check_model(model: Any) -> None:
+    if not callable(model):
+        raise TypeError(f"expected a torch.nn.Module or a function, got {type(model).__name__}: {model!r}")

@@ -1,0 +1,64 @@
+"""The `torch.compile` backend: rewrite Dynamo's graph, then hand it to a compiler."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from attn_rewriter.device import Device
+from attn_rewriter.options import Options
+from attn_rewriter.pipeline import Settings, rewrite
+from attn_rewriter.report import Report
+
+
+class Backend:
+    """A backend with its options, and a memory of what it rewrote.
+
+    The rewritten graph holds nothing but operations of PyTorch, so that the caches of AOTAutograd and Inductor work
+    as ever: they are keyed by the graph, and another option or version that rewrites differently makes another graph.
+    """
+
+    def __init__(self, options: Options | None = None, *, device: Device | None = None, dry: bool = False) -> None:
+        self.options = options or Options()
+        self.settings = Settings(self.options.kernel, device, self.options.strict, dry)
+        self._compile = _compiler(self.options)
+        self._reports: list[Report] = []
+
+    @property
+    def report(self) -> Report:
+        """All sites of the graphs compiled so far."""
+        return Report.joined(self._reports)
+
+    def __call__(self, gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+        self._reports.append(rewrite(gm, self.settings))
+        return self._compile(gm, example_inputs, **kwargs)
+
+    def reset(self) -> None:
+        """Called by `torch._dynamo.reset()`."""
+        if hasattr(self._compile, "reset"):
+            self._compile.reset()
+
+
+def _compiler(options: Options) -> Callable[..., Any]:
+    if callable(options.compiler):
+        return options.compiler
+    if options.compiler == "inductor":
+        # What torch.compile itself makes of its mode and options.
+        return torch._TorchCompileInductorWrapper(options.mode, dict(options.compiler_options), None)
+    given: dict[str, Any] = {}
+    if options.mode not in (None, "default"):
+        given["mode"] = options.mode
+    if options.compiler_options:
+        given["options"] = dict(options.compiler_options)
+    return functools.partial(torch._dynamo.lookup_backend(options.compiler), **given)
+
+
+def attn_rewriter(
+    gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """What `torch.compile(model, backend="attn_rewriter", mode=…, options=…)` calls, found through its entry point."""
+    return Backend(Options.of(options, mode))(gm, example_inputs)

@@ -1,0 +1,112 @@
+"""`python -m attn_rewriter`: run an unmodified script with its attention rewritten, or look at what this machine can do."""
+
+from __future__ import annotations
+
+import argparse
+import runpy
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from attn_rewriter.choose import Choice, choose, order
+from attn_rewriter.device import Device
+from attn_rewriter.kernels import KERNELS
+from attn_rewriter.patching import patch
+from attn_rewriter.spec import AttentionSpec, Band, Bias, Mask, Scale, Shapes, TensorMask
+
+_PACKAGES = ("torch", "triton", "transformers", "flash-attn", "flash-attn-3", "flash-attn-4", "attn-rewriter")
+
+_CAUSAL = AttentionSpec((Scale(128**-0.5), Mask(None, Band(None, 0), "keep")))
+_PADDED = AttentionSpec((Scale(128**-0.5), Mask("mask0", TensorMask("mask0", ("batch", "key")), "keep")))
+_BIASED = AttentionSpec((Scale(128**-0.5), Bias("bias0")))
+_SITUATIONS = (
+    ("prefill, causal", _CAUSAL, Shapes(1, 32, 32, 4096, 4096, 128, 128, torch.bfloat16)),
+    ("training, causal, GQA", _CAUSAL, Shapes(4, 32, 8, 4096, 4096, 128, 128, torch.bfloat16, True)),
+    ("decode, one query", AttentionSpec((Scale(128**-0.5),)), Shapes(8, 32, 8, 1, 8192, 128, 128, torch.bfloat16)),
+    ("encoder, key padding", _PADDED, Shapes(32, 12, 12, 512, 512, 64, 64, torch.float16)),
+    ("bias, float32", _BIASED, Shapes(8, 12, 12, 512, 512, 64, 64, torch.float32)),
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m attn_rewriter", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="run an unmodified script with its attention rewritten")
+    run.add_argument("--kernel", default="auto", help="auto (default), or names in order, separated by commas")
+    run.add_argument("--compiler", default="inductor", help="the torch.compile backend that follows (inductor)")
+    run.add_argument("--strict", action="store_true", help="raise where something unexpected happens")
+    run.add_argument("--quiet", action="store_true", help="do not print the table of sites at the end")
+    run.add_argument("script", type=Path)
+    run.add_argument("args", nargs=argparse.REMAINDER, help="the script's own arguments")
+    doctor_parser = commands.add_parser("doctor", help="what this machine has, and what would be chosen and why")
+    doctor_parser.add_argument("--device", help="imagine another device: cpu, mps, sm_80, sm_90, …")
+    options = parser.parse_args(argv)
+    if options.command == "doctor":
+        return doctor(options.device)
+    return run_script(options)
+
+
+def run_script(options: argparse.Namespace) -> int:
+    """Run a script as `__main__` under `patch()`."""
+    script: Path = options.script
+    if not script.is_file():
+        print(f"there is no script {str(script)!r}", file=sys.stderr)
+        return 2
+    kernels = options.kernel.split(",") if "," in options.kernel else options.kernel
+    sys.argv = [str(script), *options.args]
+    sys.path[0] = str(script.parent.resolve())
+    with patch(kernel=kernels, compiler=options.compiler, strict=options.strict) as patched:
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        finally:
+            if not options.quiet:
+                Console(stderr=True).print(patched.report)
+    return 0
+
+
+def doctor(device: str | None = None) -> int:
+    """Print device, capability, packages, and the choice for some common situations."""
+    console = Console()
+    here = Device.parse(device) if device else Device.current()
+    about: dict[str, Any] = {"device": str(here), "python": sys.version.split()[0]}
+    about |= {name: _version(name) for name in _PACKAGES}
+    if torch.backends.cudnn.is_available():
+        about["cudnn"] = torch.backends.cudnn.version()
+    registered = "attn_rewriter" in torch._dynamo.list_backends(exclude_tags=())
+    about['torch.compile(backend="attn_rewriter")'] = "found" if registered else "not found: install the package"
+    found = Table(title="This machine", title_justify="left", show_header=False)
+    for name, value in about.items():
+        found.add_row(name, str(value))
+    console.print(found)
+    choices = Table(title=f"What would be chosen on {here}", title_justify="left")
+    for column in ("situation", "shapes", "kernel", "why not the others"):
+        choices.add_column(column, overflow="fold")
+    for name, spec, shapes in _SITUATIONS:
+        choice = choose(spec, shapes, here)
+        chosen = choice.kernel.name if isinstance(choice, Choice) else "eager"
+        choices.add_row(name, str(shapes), chosen, "\n".join(_others(chosen, spec, shapes, here)))
+    console.print(choices)
+    return 0
+
+
+def _others(chosen: str, spec: AttentionSpec, shapes: Shapes, device: Device) -> list[str]:
+    lines = []
+    for name, kernel in KERNELS.items():
+        reasons = kernel.refusals(spec, shapes, device)
+        if name != chosen:
+            later = "comes later in the order" if name in order(device) else "only when asked for by name"
+            lines.append(f"{name}: {'; '.join(reasons) or later}")
+    return lines
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

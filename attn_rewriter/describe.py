@@ -1,0 +1,429 @@
+"""From a site to what it computes: an `AttentionSpec`, its shapes, and where its operands are in the graph.
+
+One walk goes backwards from the value product through the softmax to the score product. A rule of `patterns/` peels
+off each operation on the way; the axes of every tensor are tracked, so that views need no rules of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from attn_rewriter.errors import Refusal, Refused, refuse
+from attn_rewriter.find import Site
+from attn_rewriter.graph import Call, Facts, describe_node, is_pure, shape, tensor
+from attn_rewriter.patterns.axes import Atom, Dim, Dims, backward, extent, fresh, leaves
+from attn_rewriter.patterns.masks import MaskReader
+from attn_rewriter.patterns.match import Matcher
+from attn_rewriter.patterns.operands import Factor, Operand, Product, State, product, trace
+from attn_rewriter.patterns.rule import Dropout, Fill, Rules
+from attn_rewriter.patterns.scores import scores
+from attn_rewriter.patterns.weights import weights
+from attn_rewriter.spec import (
+    AttentionSpec,
+    Band,
+    Bias,
+    Mask,
+    Modifier,
+    Predicate,
+    Scale,
+    ScaleBy,
+    Shapes,
+    is_masking,
+    same,
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The axes of a site. Batch and heads may be several axes of the model's tensors, or none."""
+
+    batch: Dim
+    kv_head: Dim
+    group: Dim
+    query: Dim
+    key: Dim
+    head_dim: Dim
+    head_dim_v: Dim
+
+    @property
+    def head(self) -> Dim:
+        return self.kv_head + self.group
+
+    def of(self, name: str) -> Dims:
+        """The layout of an operand: "query", "key", "value", "output", or anything that broadcasts to the scores."""
+        layouts = {
+            "query": (self.batch, self.head, self.query, self.head_dim),
+            "key": (self.batch, self.kv_head, self.key, self.head_dim),
+            "value": (self.batch, self.kv_head, self.key, self.head_dim_v),
+            "output": (self.batch, self.head, self.query, self.head_dim_v),
+        }
+        return layouts.get(name, (self.batch, self.head, self.query, self.key))
+
+
+@dataclass(frozen=True)
+class Description:
+    """A site, read. `operands` maps the spec's names, and query, key and value, to the graph; `output` are the
+    dimensions of the site's output; `interior` are the nodes that become dead with it."""
+
+    spec: AttentionSpec
+    shapes: Shapes
+    operands: dict[str, State]
+    layout: Layout
+    output: Dims
+    interior: tuple[Node, ...]
+
+
+def describe(site: Site, facts: Facts) -> Description | Refusal:
+    """Read a site, or say why it can't be read."""
+    try:
+        reading = _Reading(site, facts)
+        return reading.sdpa() if site.kind == "sdpa" else reading.softmax()
+    except Refused as refused:
+        return refused.refusal
+
+
+Steps = tuple[tuple[Any, Dims], ...]
+
+
+@dataclass(frozen=True)
+class _Chain:
+    """A walk backwards that arrived: at `node`, with the dimensions `dims`, having looked through `nodes` and peeled
+    off `steps`, each with the dimensions of the tensor it applies to, in the order in which they are computed."""
+
+    node: Node
+    dims: Dims
+    steps: Steps
+    nodes: tuple[Node, ...]
+
+
+class _Reading:
+    """One site being read: what was found so far."""
+
+    def __init__(self, site: Site, facts: Facts) -> None:
+        self.site, self.facts = site, facts
+        self.reader = MaskReader(facts, site.output)
+        self.matcher = Matcher(facts, self.reader.constant)
+        self.operands: dict[str, Operand] = {}
+        self.depth, self.refusal = -1, Refusal("describe", "nothing could be read", site.anchor)
+
+    # -- the two kinds of sites ---------------------------------------------------------------------------------
+
+    def softmax(self) -> Description:
+        """`weights @ value`, with the weights from a softmax over the axis that this product contracts."""
+        found = product(self.site.output, self.facts.call(self.site.output), self.reader.constant)
+        if found is None or found.steps or len(found.contracted) != 1:
+            refuse("describe", "the value product can't be read", self.site.output)
+        dims = found.labelled(fresh(shape(found.node)))
+        for factor in (found.left, found.right):
+            own = tuple(dims[label] if label is not None else () for label in factor.labels)
+            weights_node = self.facts.current(factor.value, found.node)
+            for after in self._walk(weights_node, own, weights, lambda node, _: node is self.site.anchor):
+                value = found.other(factor)
+                self._check_weights(found, factor, dims, after)
+                return self._before_softmax(found, value, dims, after)
+        raise Refused(self.refusal)
+
+    def _check_weights(self, found: Product, factor: Factor, dims: dict[Any, Dim], after: _Chain) -> None:
+        """The softmax must run over the keys, and each weight meet each value once."""
+        call = self.facts.call(self.site.anchor)
+        axis = call["dim"] if call is not None else None
+        if not isinstance(axis, int):
+            refuse("describe", "the softmax names no dimension", self.site.anchor)
+        if leaves(after.dims[axis % len(after.dims)]) != leaves(dims[found.contracted[0]]):
+            refuse("describe", "the softmax runs over another axis than the value product contracts", self.site.anchor)
+        if sum(label not in factor.labels for label in found.out) > 1:
+            refuse("describe", "the weights are broadcast over several sets of values", found.node)
+
+    def _before_softmax(self, found: Product, value: Factor, dims: dict[Any, Dim], after: _Chain) -> Description:
+        call = self.facts.call(self.site.anchor)
+        assert call is not None
+        start = self.facts.current(call["input"], self.site.anchor)
+        for before in self._walk(start, after.dims, scores, self._is_product):
+            scored = product(before.node, self.facts.call(before.node), self.reader.constant)
+            assert scored is not None
+            return self._between(scored, before, found, value, dims, after)
+        raise Refused(self.refusal)
+
+    def _is_product(self, node: Node, call: Call | None) -> bool:
+        return product(node, call, self.reader.constant) is not None
+
+    def _between(
+        self, scored: Product, before: _Chain, found: Product, value: Factor, dims: dict[Any, Dim], after: _Chain
+    ) -> Description:
+        """Both products are known: tell query from key, and the axes from each other."""
+        self._check_interior(after.nodes, before.nodes)
+        key_dim = leaves(dims[found.contracted[0]])
+        axes = scored.labelled(before.dims)
+        rows = [
+            x
+            for x in scored.out
+            if leaves(axes[x]) == key_dim and (x in scored.left.labels) != (x in scored.right.labels)
+        ]
+        key = scored.left if rows and rows[-1] in scored.left.labels else scored.right
+        query = scored.other(key)
+        if not rows or rows[-1] in query.labels:
+            refuse("describe", "the softmax runs over an axis that is not the keys'", scored.node)
+        rest = [x for x in scored.out if x != rows[-1]]
+        query_rows = [x for x in rest if x not in key.labels][-1:]
+        self._product_operand("query", query, axes, scored.node, scaled=True)
+        self._product_operand("key", key, axes, scored.node, scaled=True)
+        self._product_operand("value", value, dims, found.node)
+        dropouts = [step.p for step, _ in after.steps if isinstance(step, Dropout)]
+        if len(dropouts) > 1:
+            refuse("describe", "the weights are dropped out twice", self.site.anchor)
+        return self._finish(
+            steps=(*((step, before.dims) for step in scored.steps), *before.steps),
+            dropout_p=sum(dropouts),
+            batch=[axes[x] for x in rest if x not in query_rows],
+            named={
+                "query": sum((axes[x] for x in query_rows), ()),
+                "key": key_dim,
+                "head_dim": sum((axes[x] for x in scored.contracted), ()),
+                "head_dim_v": sum((dims[x] for x in found.out if x not in found.other(value).labels), ()),
+            },
+            output=tuple(dims[x] for x in found.out),
+            interior=(*after.nodes, *before.nodes),
+            score_dtype=tensor(scored.node).dtype,  # type: ignore[union-attr]
+        )
+
+    def sdpa(self) -> Description:
+        """`F.scaled_dot_product_attention` says what it computes; what is left to read is its mask and its heads."""
+        node = self.site.anchor
+        call = self.facts.call(node)
+        assert call is not None
+        q, k, v, attn_mask = (call[name] for name in ("query", "key", "value", "attn_mask"))
+        scale: Any = call["scale"]
+        if scale is not None and not isinstance(scale, Node):
+            scale = float(scale)
+        if any(tensor(x) is None for x in (q, k, v)) or not isinstance(call["dropout_p"], (int, float)):
+            refuse("describe", "an argument of the call is not known", node)
+        if len(shape(q)) < 3 or (scale is None and not isinstance(shape(q)[-1], int)):
+            refuse("describe", "the call's shape or scale is not known", node)
+        out = fresh(shape(node))
+        head_dim, kv = fresh([shape(q)[-1], shape(k)[-2]])
+        ndim = len(out)
+        dims: dict[Any, Dim] = dict(enumerate(out)) | {"head_dim": head_dim, "key": kv}
+        heads, kv_heads = (shape(q)[-3], shape(k)[-3]) if call["enable_gqa"] else (1, 1)
+        if not same(heads, kv_heads) and not same(kv_heads, 1):
+            if not (isinstance(heads, int) and isinstance(kv_heads, int) and heads % kv_heads == 0):
+                refuse("describe", "the numbers of heads are not known", node)
+            out[-3][0].split(kv_heads, heads // kv_heads)
+            dims["kv_head"] = leaves(out[-3])[:1]
+
+        def operand(name: str, value: Node, *last: Any) -> None:
+            labels: list[Any] = [*range(ndim - len(shape(value)), ndim - 2), *last]
+            if name != "query" and "kv_head" in dims:
+                labels[-3] = "kv_head"
+            labels = [None if same(n, 1) else label for n, label in zip(shape(value), labels)]
+            self._product_operand(name, Factor(value, tuple(labels)), dims, node, scaled=name != "value")
+
+        operand("query", q, ndim - 2, "head_dim")
+        operand("key", k, "key", "head_dim")
+        operand("value", v, "key", ndim - 1)
+        if scale is None:
+            scale = shape(q)[-1] ** -0.5  # type: ignore[operator]
+        steps: list[Any] = [ScaleBy(scale) if isinstance(scale, Node) else Scale(scale)]
+        if call["is_causal"]:
+            steps.append(Mask(None, Band(None, 0), "keep"))
+        if attn_mask is not None:
+            mask = self.facts.current(attn_mask, node)
+            is_bool = tensor(mask).dtype == torch.bool  # type: ignore[union-attr]
+            steps.append(Fill(mask, float("-inf"), keep=True) if is_bool else Bias(mask))
+        return self._finish(
+            steps=tuple((step, (*out[:-1], kv)) for step in steps),
+            dropout_p=float(call["dropout_p"]),
+            batch=[*out[:-2]],
+            named={"query": out[-2], "key": kv, "head_dim": head_dim, "head_dim_v": out[-1]},
+            output=out,
+            interior=(),
+            score_dtype=tensor(node).dtype,  # type: ignore[union-attr]
+        )
+
+    # -- walking ------------------------------------------------------------------------------------------------
+
+    def _walk(
+        self,
+        node: Node,
+        dims: Dims,
+        rules: Rules,
+        arrived: Callable[[Node, Call | None], bool],
+        steps: Steps = (),
+        nodes: tuple[Node, ...] = (),
+    ) -> Iterator[_Chain]:
+        """Every way back from `node` to where the walk has arrived."""
+        call = self.facts.call(node)
+        if arrived(node, call):
+            yield _Chain(node, dims, steps, (*nodes, node))
+            return
+        if len(nodes) > self.depth:
+            self.depth = len(nodes)
+            self.refusal = Refusal("describe", f"no rule reads {describe_node(node)} at this place", node)
+        into = backward(call, node, dims) if call is not None else None
+        if into is not None and call is not None:
+            source = self.facts.current(call["input"], node)
+            yield from self._walk(source, into, rules, arrived, steps, (*nodes, node))
+            return
+        for rule in rules:
+            for bound in self.matcher.operation(rule.pattern, node, {}):
+                read = bound.pop("nodes")
+                peeled = rule.apply(**bound)
+                if peeled is not None and self._same_shape(peeled[0], node):
+                    found = tuple((step, dims) for step in peeled[1:])
+                    yield from self._walk(peeled[0], dims, rules, arrived, found + steps, (*nodes, *read))
+
+    @staticmethod
+    def _same_shape(a: Node, b: Node) -> bool:
+        return len(shape(a)) == len(shape(b)) and all(map(same, shape(a), shape(b)))
+
+    def _check_interior(self, late: Sequence[Node], early: Sequence[Node]) -> None:
+        """Everything between the score product and the output must serve this attention alone."""
+        inside = {*late, *early, self.site.output}
+        for node in (*late, *early):
+            for user in node.users:
+                if user not in inside and not (is_pure(user) and not user.users):
+                    what = "weights" if node in late else "scores"
+                    how = "returned" if user.op == "output" else f"used by {describe_node(user)}"
+                    refuse("describe", f"the attention {what} are also {how}", user)
+
+    # -- operands -----------------------------------------------------------------------------------------------
+
+    def _product_operand(
+        self, name: str, factor: Factor, dims: dict[Any, Dim], at: Node, *, scaled: bool = False
+    ) -> None:
+        own = tuple(dims[label] if label is not None else () for label in factor.labels)
+        self._trace(name, self.facts.current(factor.value, at), own, scaled=scaled)
+
+    def _score_operand(self, name: str, node: Node, dims: Dims) -> str:
+        """Name a tensor that broadcasts to scores with `dims`."""
+        sizes = shape(node)
+        own = tuple(() if same(n, 1) else dim for n, dim in zip(sizes, dims[len(dims) - len(sizes) :]))
+        name = f"{name}{sum(known.startswith(name) for known in self.operands)}"
+        self._trace(name, node, own)
+        return name
+
+    def _trace(self, name: str, node: Node, dims: Dims, *, scaled: bool = False) -> None:
+        if not self.facts.unchanged(node, self.site.output):
+            refuse("describe", f"{describe_node(node)} is modified in place after the attention read it", node)
+        self.operands[name] = trace(self.facts, self.reader.constant, node, dims, self.site.output, scaled=scaled)
+
+    # -- putting it together ------------------------------------------------------------------------------------
+
+    def _finish(
+        self,
+        *,
+        steps: Steps,
+        dropout_p: float,
+        batch: list[Dim],
+        named: dict[str, Dim],
+        output: Dims,
+        interior: tuple[Node, ...],
+        score_dtype: torch.dtype,
+    ) -> Description:
+        names = [self._register(step, dims) for step, dims in steps]
+        layout = self._layout(batch, named)
+        prescaled = self.operands["query"].origin.scale * self.operands["key"].origin.scale
+        modifiers: list[Modifier] = [Scale(prescaled)]
+        for (step, _), name in zip(steps, names):
+            modifier = self._modifier(step, name, score_dtype)
+            last = modifiers[-1]
+            if isinstance(modifier, Scale) and isinstance(last, Scale):
+                modifiers[-1] = Scale(last.factor * modifier.factor)
+            else:
+                modifiers.append(modifier)
+        spec = AttentionSpec(tuple(m for m in modifiers if m != Scale(1.0)), dropout_p)
+        operands = {
+            name: operand.best(layout.of(name), broadcast=name not in ("query", "key", "value"))
+            for name, operand in self.operands.items()
+        }
+        for name, state in operands.items():
+            if not state.atoms <= {atom for dim in layout.of(name) for atom in leaves(dim)}:
+                refuse("describe", f"the {name} has an axis that does not belong to it", state.node)
+        return Description(spec, self._shapes(spec, layout, operands, score_dtype), operands, layout, output, interior)
+
+    def _register(self, step: Any, dims: Dims) -> str | None:
+        if isinstance(step, Fill):
+            return self._score_operand("mask", step.condition, dims)
+        if isinstance(step, Bias):
+            return self._score_operand("bias", step.tensor, dims)  # type: ignore[arg-type]
+        if isinstance(step, ScaleBy):
+            return self._score_operand("scale", step.factor, dims)  # type: ignore[arg-type]
+        return None
+
+    def _modifier(self, step: Any, name: str | None, score_dtype: torch.dtype) -> Modifier:
+        """A step as a modifier of the spec: its tensor by name, and read as a mask where it is one."""
+        if name is None:
+            return step  # type: ignore[no-any-return]
+        origin = self.operands[name].origin
+        if isinstance(step, Fill):
+            if not is_masking(step.value, score_dtype):
+                refuse("describe", f"scores are filled with {step.value:g}, which is no mask", origin.node)
+            kept = self._named(self.reader.boolean(origin.node, origin.dims), name, origin)
+            return Mask(name, kept if step.keep else ~kept, "keep" if step.keep else "drop")
+        if isinstance(step, Bias):
+            dtype = torch.promote_types(score_dtype, self.operands[name].states[0].dtype or score_dtype)
+            read = self.reader.additive(origin.node, origin.dims, dtype) if step.factor == 1 else None
+            return Bias(name, step.factor) if read is None else Mask(name, self._named(read, name, origin), "additive")
+        if any(atom.axis == "key" for atom in origin.atoms):
+            refuse("describe", "scores are multiplied by a tensor that varies over the keys", origin.node)
+        return ScaleBy(name, step.inverse)
+
+    def _named(self, keep: Predicate, mask: str, origin: State) -> Predicate:
+        """Give the tensors inside a predicate names: the mask's own to the one that is the whole mask."""
+        names: dict[Any, str] = {}
+        for leaf in keep.leaves():
+            held = getattr(leaf, "tensor", None)
+            if held is not None and held not in names:
+                node, dims = held
+                names[held] = mask if node is origin.node else f"{mask}.{len(names)}"
+                self.operands.setdefault(names[held], Operand((State(node, dims),)))
+        return keep.rename(names)
+
+    def _layout(self, batch: list[Dim], named: dict[str, Dim]) -> Layout:
+        """Tell batch from heads. Heads that key and value both lack are the groups of GQA and MQA."""
+        dims = [leaves(dim) for dim in batch]
+        held = self.operands["key"].origin.atoms | self.operands["value"].origin.atoms
+        if len(dims) == 1 and len(dims[0]) > 1:  # [batch * heads, …]
+            dims = [dims[0][:1], dims[0][1:]]
+        group = tuple(atom for dim in dims[1:] for atom in dim if atom not in held)
+        dims = [tuple(atom for atom in dim if atom not in group) for dim in dims]
+        while group and len(dims) > 2 and not dims[-1]:
+            dims.pop()
+        kv_head = dims.pop() if len(dims) > 1 else ()
+        layout = Layout(sum(dims, ()), kv_head, group, **{name: leaves(dim) for name, dim in named.items()})
+        for axis in ("batch", "head", *named):
+            atoms: Sequence[Atom] = getattr(layout, axis)
+            for i, atom in enumerate(atoms):
+                atom.name = axis if len(atoms) == 1 else f"{axis}/{i}"
+        return layout
+
+    def _shapes(
+        self, spec: AttentionSpec, layout: Layout, operands: dict[str, State], score_dtype: torch.dtype
+    ) -> Shapes:
+        output = tensor(self.site.output)
+        assert output is not None
+        # Under autocast a product runs in a narrower type than its operands have; exact casts were peeled off.
+        used = {"query": score_dtype, "key": score_dtype, "value": output.dtype}
+        dtypes = [output.dtype]
+        for name, state in operands.items():
+            if state.dtype is not None and (name in used or name in spec.numeric):
+                narrower = name in used and torch.promote_types(state.dtype, used[name]) != used[name]
+                dtypes.append(used[name] if narrower else state.dtype)
+        if not all(dtype.is_floating_point for dtype in dtypes):
+            refuse("describe", "an operand is not a floating-point tensor", self.site.output)
+        return Shapes(
+            batch=extent(leaves(layout.batch)),
+            num_heads=extent(leaves(layout.head)),
+            num_kv_heads=extent(leaves(layout.kv_head)),
+            q_len=extent(leaves(layout.query)),
+            kv_len=extent(leaves(layout.key)),
+            head_dim=extent(leaves(layout.head_dim)),
+            head_dim_v=extent(leaves(layout.head_dim_v)),
+            dtype=reduce(torch.promote_types, dtypes),
+            needs_backward=output.requires_grad,
+        )

@@ -1,0 +1,56 @@
+"""The device a kernel is chosen for, as a value: any device can be imagined, none need be present."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device type as in `torch.device.type`, and for CUDA devices the compute capability, `(9, 0)` for Hopper."""
+
+    type: str
+    capability: tuple[int, int] | None = None
+    name: str = ""
+
+    @classmethod
+    def of(cls, device: torch.device) -> Device:
+        """The device that a tensor lives on."""
+        if device.type != "cuda" or not torch.cuda.is_available():
+            return cls(device.type)
+        properties = torch.cuda.get_device_properties(device)
+        return cls("cuda", (properties.major, properties.minor), properties.name)
+
+    @classmethod
+    def current(cls) -> Device:
+        """This machine's accelerator, or its CPU."""
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return cls.of(accelerator) if accelerator is not None else cls("cpu")
+
+    @classmethod
+    def parse(cls, device: Device | torch.device | str) -> Device:
+        """A `Device`, a `torch.device`, or a name: "cpu", "mps", "cuda", … or a capability such as "sm_90".
+
+        Raises `ValueError` for anything else.
+        """
+        if isinstance(device, Device):
+            return device
+        if isinstance(device, torch.device):
+            return cls.of(device)
+        if isinstance(device, str) and (found := re.fullmatch(r"sm_(\d+)(\d)[af]?", device)):
+            return cls("cuda", (int(found[1]), int(found[2])))
+        try:
+            return cls.of(torch.device(device))
+        except (RuntimeError, TypeError):
+            raise ValueError(
+                f"unknown device {device!r}: use a torch device such as 'cpu' or 'cuda:0', or a compute capability "
+                "such as 'sm_80', 'sm_90' or 'sm_100'"
+            ) from None
+
+    def __str__(self) -> str:
+        if self.capability is None:
+            return self.type
+        return f"sm_{self.capability[0]}{self.capability[1]}" + (f" ({self.name})" if self.name else "")

@@ -1,0 +1,124 @@
+"""Put a kernel's operations in the place of a site."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from attn_rewriter.describe import Description
+from attn_rewriter.device import Device
+from attn_rewriter.errors import Refusal, Refused, refuse
+from attn_rewriter.find import Site
+from attn_rewriter.graph import Facts, call, size, tensor
+from attn_rewriter.kernels import Kernel
+from attn_rewriter.patterns.axes import Step, plan
+from attn_rewriter.spec import Size, same
+from attn_rewriter.splice import Splice, run
+
+
+def emit(site: Site, found: Description, kernel: Kernel, device: Device, facts: Facts) -> Node | Refusal:
+    """Rewrite one site and return the fused call. On a refusal or an exception the graph is as it was."""
+    output = site.output
+    expected = tensor(output)
+    assert expected is not None
+    try:
+        with Splice(facts, output, site.anchor) as splice:
+            result = kernel(found.spec, found.shapes, device, _Operands(found, splice))
+            fused: Node = result.node  # type: ignore[attr-defined]
+            result = arrange(result, plan(found.layout.of("output"), found.output), splice)
+            result = splice.as_type(result, expected.dtype)
+            _check(splice.value(result), expected)
+            if not _interchangeable(splice.value(result), output):
+                result = result.contiguous()
+            splice.replace(output, result, found.interior)
+    except Refused as refused:
+        return refused.refusal
+    fused.meta["attn_rewriter"] = kernel.name
+    return fused
+
+
+_PRODUCT = ("query", "key", "value")
+
+
+class _Operands(Mapping[str, Any]):
+    """A kernel's tensors as stand-ins; an operand enters the graph when the kernel asks for it, and once."""
+
+    def __init__(self, found: Description, splice: Splice) -> None:
+        self._found, self._splice = found, splice
+        self._made: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._made:
+            state = self._found.operands[name]
+            proxy = self._splice.stand_in(state.node)
+            if state.dtype is None:
+                return proxy
+            if name in _PRODUCT or name in self._found.spec.numeric:
+                proxy = self._splice.as_type(proxy, self._found.shapes.dtype)
+            steps = plan(state.dims, self._found.layout.of(name), broadcast=name not in _PRODUCT)
+            self._made[name] = arrange(proxy, steps, self._splice)
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found.operands)
+
+    def __len__(self) -> int:
+        return len(self._found.operands)
+
+
+def arrange(proxy: Any, steps: list[Step], splice: Splice) -> Any:
+    """Carry a plan out on a stand-in."""
+    for name, args in steps:
+        if name == "unflatten":
+            args = (args[0], _with_one_free(args[1], splice))
+        elif name == "expand":
+            args = tuple(splice.size(n) for n in args)
+        proxy = getattr(proxy, name)(*args)
+    return proxy
+
+
+def _with_one_free(sizes: tuple[Size, ...], splice: Splice) -> tuple[Any, ...]:
+    """Sizes for `unflatten`, with -1 for one that is symbolic."""
+    symbolic = [i for i, n in enumerate(sizes) if not isinstance(n, int)]
+    return tuple(-1 if symbolic[:1] == [i] else splice.size(n) for i, n in enumerate(sizes))
+
+
+def _check(new: torch.Tensor, old: torch.Tensor) -> None:
+    same_shape = new.ndim == old.ndim and all(same(size(m), size(n)) for m, n in zip(new.shape, old.shape))
+    if not same_shape or (new.dtype, new.device) != (old.dtype, old.device):
+        refuse("emit", f"the kernel gives {new.dtype} {tuple(new.shape)}, the model has {old.dtype} {tuple(old.shape)}")
+
+
+_VIEWS = {"permute", "transpose", "reshape", "copy", "getitem"}
+_BLIND = {"matmul", "baddbmm"}  # products do not show how their arguments lie in memory
+
+
+def _interchangeable(new: torch.Tensor, old: Node) -> bool:
+    """Whether nothing downstream of `old` can tell that `new` may lie otherwise in memory.
+
+    Views are followed to where the strides agree again, as after `transpose(1, 2).contiguous()`. Whatever else sees
+    other strides (a `view` that would raise, an output of the graph, an elementwise operation that passes them on)
+    can tell.
+    """
+    reference = tensor(old)
+    if reference is None:
+        return False
+    layouts = zip(new.shape, new.stride(), reference.stride())
+    if all(size(n) == 1 or same(size(a), size(b)) for n, a, b in layouts):
+        return True
+    for user in old.users:
+        found = call(user)
+        if (found is not None and found.name in _BLIND) or getattr(user.target, "__name__", "") == "linear":
+            continue
+        if found is None or found.name not in _VIEWS or user.args[:1] != (old,) or tensor(user) is None:
+            return False
+        try:
+            seen = run(user, lambda node: new if node is old else node.meta["example_value"])
+        except (RuntimeError, ValueError):
+            return False
+        if not _interchangeable(seen, user):
+            return False
+    return True

@@ -1,0 +1,43 @@
+"""What can go wrong, as values (`Refusal`) inside the pipeline and as exceptions where users see them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a site stays as it is: the stage that decided it, one sentence, and the graph node it speaks of."""
+
+    stage: str
+    reason: str
+    node: Any = None
+
+    def __str__(self) -> str:
+        return f"{self.stage}: {self.reason}"
+
+
+class Refused(Exception):
+    """Carries a `Refusal` from deep inside a stage to the stage's boundary."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(str(refusal))
+        self.refusal = refusal
+
+
+def refuse(stage: str, reason: str, node: Any = None) -> NoReturn:
+    """Give a site up, from any depth of a stage."""
+    raise Refused(Refusal(stage, reason, node))
+
+
+class AttnRewriterError(RuntimeError):
+    """Base of the errors that this package raises on purpose."""
+
+
+class KernelUnavailable(AttnRewriterError):
+    """A kernel that was asked for by name cannot compute a site; the message lists its reasons."""
+
+
+class RewriteError(AttnRewriterError):
+    """`strict=True` and something unexpected happened at a site; the cause is chained."""

@@ -1,0 +1,79 @@
+"""Anchors of attention in a graph: a softmax between two products, and PyTorch's own attention functions.
+
+Finding is coarse on purpose. It says where attention may be and which nodes begin and end it; what the nodes between
+compute, and whether that is attention at all, is for `describe`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from attn_rewriter.graph import Call, Facts, is_inplace, tensor
+
+PRODUCTS = frozenset({"matmul", "baddbmm", "einsum"})
+# Operations that a walk from the softmax to a product may meet: elementwise ones, views, casts and selections.
+_PASSED = frozenset(
+    "add sub mul div neg tanh cast copy permute reshape expand repeat repeat_interleave getitem where masked_fill "
+    "dropout softmax".split()
+)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place where a model attends: the anchor, and the node whose value a fused kernel will replace."""
+
+    kind: str  # "softmax", "sdpa", or "mha" for a multi-head attention call that could not be opened
+    anchor: Node
+    output: Node
+    call: Call
+
+
+def find(facts: Facts) -> Iterator[Site]:
+    """The sites of one graph, in the order of the model. A softmax without a product on both sides, such as a
+    router's or a loss function's, is no site."""
+    for node in facts.graph.nodes:
+        call = facts.call(node)
+        if call is None:
+            continue
+        if call.name == "scaled_dot_product_attention":
+            yield Site("sdpa", node, node, call)
+        elif call.name == "multi_head_attention_forward":
+            yield Site("mha", node, node, call)
+        elif call.name == "softmax" and _product_before(facts, node):
+            for output in _products_after(facts, node):
+                yield Site("softmax", node, output, call)
+                break
+
+
+def _product_before(facts: Facts, anchor: Node) -> bool:
+    seen, stack = {anchor}, list(anchor.all_input_nodes)
+    while stack:
+        node = stack.pop()
+        call = facts.call(node)
+        if node in seen or call is None:
+            continue
+        seen.add(node)
+        if call.name in PRODUCTS:
+            return True
+        if call.name in _PASSED - {"softmax"}:
+            stack.extend(node.all_input_nodes)
+            stack.extend(user for user in node.users if is_inplace(user))
+    return False
+
+
+def _products_after(facts: Facts, anchor: Node) -> Iterator[Node]:
+    """The nearest products that a softmax's result flows into, nearest first."""
+    seen, queue = {anchor}, list(anchor.users)
+    while queue:
+        node = queue.pop(0)
+        call = facts.call(node)
+        if node in seen or call is None:
+            continue
+        seen.add(node)
+        if call.name in PRODUCTS:
+            yield node
+        elif call.name in _PASSED - {"softmax", "add", "sub"}:
+            queue.extend(node.users)

@@ -1,0 +1,443 @@
+"""Reading FX graphs: one canonical name for every spelling of an operation, and facts about values and aliases.
+
+`x @ y`, `torch.matmul(x, y)`, `x.matmul(y)` and `torch.bmm(x, y)` all read as `matmul(input, other)`. An in-place
+spelling reads as the functional one; `Facts.current` says which node holds a tensor's contents at a given time.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import sympy
+import torch
+import torch.nn.functional as F
+from torch.fx import Graph, GraphModule, Node
+
+from attn_rewriter.errors import refuse
+from attn_rewriter.spec import Size
+
+# Each row: canonical name(parameters): its spellings. `.name` is a method; `*x` takes what is left; `x:y` is a
+# parameter whose keyword is spelled y. A method's and an operator's in-place form come with it.
+_OPERATIONS = """
+matmul(input, other): torch.matmul operator.matmul .matmul .__matmul__
+matmul(input, other:mat2): torch.bmm torch.mm .bmm .mm
+baddbmm(input, batch1, batch2, beta=1, alpha=1): torch.baddbmm .baddbmm
+einsum(equation, *operands): torch.einsum torch.functional.einsum
+softmax(input, dim, dtype=None): torch.softmax torch.special.softmax .softmax
+softmax(input, dim=None, _stacklevel=3, dtype=None): F.softmax
+softmax(input, dim, half_to_float=False): ._softmax
+dropout(input, p=0.5, training=True, inplace=False): F.dropout
+dropout(input, p, train:training): torch.dropout .dropout
+scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, \
+enable_gqa=False): F.scaled_dot_product_attention .scaled_dot_product_attention
+multi_head_attention_forward(query, key, value, embed_dim_to_check, num_heads, in_proj_weight, in_proj_bias, bias_k, \
+bias_v, add_zero_attn, dropout_p, out_proj_weight, out_proj_bias, training=True, key_padding_mask=None, \
+need_weights=True, attn_mask=None, use_separate_proj_weight=False, q_proj_weight=None, k_proj_weight=None, \
+v_proj_weight=None, static_k=None, static_v=None, average_attn_weights=True, is_causal=False): \
+F.multi_head_attention_forward
+add(input, other, alpha=1): torch.add operator.add .add .__add__ .__radd__
+sub(input, other, alpha=1): torch.sub torch.subtract operator.sub .sub .subtract .__sub__
+mul(input, other): torch.mul torch.multiply operator.mul .mul .multiply .__mul__ .__rmul__
+div(input, other, rounding_mode=None): torch.div torch.divide torch.true_divide operator.truediv .div .divide \
+.true_divide .__truediv__
+neg(input): torch.neg torch.negative operator.neg .neg .negative .__neg__
+pow(input, exponent): torch.pow operator.pow .pow .__pow__
+sqrt(input): torch.sqrt .sqrt math.sqrt torch.sym_sqrt
+rsqrt(input): torch.rsqrt .rsqrt
+reciprocal(input): torch.reciprocal .reciprocal
+tanh(input): torch.tanh .tanh
+cast(input): .to .type .type_as .float .half .bfloat16 .double .bool .int .long ._to_copy
+copy(input): torch.clone .clone .contiguous
+permute(input, *dims): torch.permute .permute
+transpose(input, dim0, dim1): torch.transpose torch.swapaxes torch.swapdims .transpose .swapaxes .swapdims
+getattr(input, name): getattr
+t(input): torch.t .t
+reshape(input): torch.reshape torch.flatten torch.unflatten torch.squeeze torch.unsqueeze .reshape .view .flatten \
+.unflatten .squeeze .unsqueeze .view_as .reshape_as ._unsafe_view
+expand(input): torch.broadcast_to .expand .expand_as .broadcast_to
+repeat(input, *sizes:repeats): .repeat
+tile(input, *dims): torch.tile .tile
+repeat_interleave(input, repeats, dim=None): torch.repeat_interleave .repeat_interleave
+getitem(input, index): operator.getitem .__getitem__
+where(condition, input, other): torch.where
+where_method(input, condition, other): .where
+masked_fill(input, mask, value): torch.masked_fill .masked_fill
+tril(input, diagonal=0): torch.tril .tril
+triu(input, diagonal=0): torch.triu .triu
+lt(input, other): torch.lt torch.less operator.lt .lt .less .__lt__
+le(input, other): torch.le torch.less_equal operator.le .le .less_equal .__le__
+gt(input, other): torch.gt torch.greater operator.gt .gt .greater .__gt__
+ge(input, other): torch.ge torch.greater_equal operator.ge .ge .greater_equal .__ge__
+eq(input, other): torch.eq operator.eq .eq .__eq__
+ne(input, other): torch.ne torch.not_equal operator.ne .ne .not_equal .__ne__
+and(input, other): torch.logical_and torch.bitwise_and operator.and_ .logical_and .bitwise_and .__and__ .__rand__
+or(input, other): torch.logical_or torch.bitwise_or operator.or_ .logical_or .bitwise_or .__or__ .__ror__
+not(input): torch.logical_not torch.bitwise_not operator.invert .logical_not .bitwise_not .__invert__
+arange(*bounds, step=1): torch.arange
+full(size, fill_value): torch.full
+zeros(*size): torch.zeros
+ones(*size): torch.ones
+tensor(data): torch.tensor torch.as_tensor torch.scalar_tensor torch._refs.tensor
+full_like(input, fill_value): torch.full_like
+zeros_like(input): torch.zeros_like
+ones_like(input): torch.ones_like
+new_full(input, size, fill_value): .new_full
+new_zeros(input, *size): .new_zeros
+new_ones(input, *size): .new_ones
+cumsum(input, dim): torch.cumsum .cumsum
+diff(input, n=1, dim=-1, prepend=None, append=None): torch.diff .diff
+"""
+
+_NAMESPACES = {"torch": torch, "F": F, "operator": operator, "math": math}
+
+
+@dataclass(frozen=True)
+class _Signature:
+    name: str
+    parameters: tuple[tuple[str, str, Any], ...]  # (canonical, keyword, default or ... for none)
+    rest: str | None
+
+    @classmethod
+    def parse(cls, name: str, text: str) -> _Signature:
+        parameters, rest = [], None
+        for item in filter(None, (part.strip() for part in text.split(","))):
+            spelled, _, default = item.partition("=")
+            canonical, _, keyword = spelled.lstrip("*").partition(":")
+            if item.startswith("*"):
+                rest = canonical
+            value = eval(default, {}) if default else ...
+            parameters.append((canonical, keyword or canonical, value))
+        return cls(name, tuple(parameters), rest)
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+        bound: dict[str, Any] = {}
+        left, given = list(args), dict(kwargs)
+        for canonical, keyword, default in self.parameters:
+            if canonical == self.rest:
+                values = left or given.pop(keyword, ())
+                flat = values[0] if len(values) == 1 and isinstance(values[0], (tuple, list)) else values
+                bound[canonical], left = tuple(flat), []
+            elif left:
+                bound[canonical] = left.pop(0)
+            elif keyword in given:
+                bound[canonical] = given.pop(keyword)
+            elif default is not ...:
+                bound[canonical] = default
+            else:
+                return None
+        return bound
+
+
+def _parse_operations(text: str) -> tuple[dict[Any, _Signature], dict[str, _Signature], set[Any]]:
+    functions: dict[Any, _Signature] = {}
+    methods: dict[str, _Signature] = {}
+    inplace: set[Any] = set()
+    for row in text.strip().splitlines():
+        head, _, spellings = row.partition("): ")
+        name, _, parameters = head.partition("(")
+        signature = _Signature.parse(name, parameters)
+        for spelling in spellings.split():
+            if spelling.startswith("."):
+                methods[spelling[1:]] = signature
+                if not spelling.endswith("__"):
+                    methods[spelling[1:] + "_"] = signature
+                continue
+            if spelling == "getattr":
+                functions[getattr] = signature
+                continue
+            namespace, _, path = spelling.partition(".")
+            functions[operator.attrgetter(path)(_NAMESPACES[namespace])] = signature
+            augmented = getattr(operator, "i" + path.rstrip("_"), None) if namespace == "operator" else None
+            if augmented is not None:
+                functions[augmented] = signature
+                inplace.add(augmented)
+    return functions, methods, inplace
+
+
+_FUNCTIONS, _METHODS, _INPLACE_FUNCTIONS = _parse_operations(_OPERATIONS)
+_PURE_EXCEPT = {"dropout", "getattr"}
+
+# Higher-order operators that call their body once, each body input being one of the operator's last arguments.
+_TRANSPARENT = {
+    "tag_activation_checkpoint",
+    "wrap",
+    "wrap_activation_checkpoint",
+    "wrap_with_autocast",
+    "wrap_with_set_grad_enabled",
+    "invoke_subgraph",
+    "cond",
+}
+
+
+class Call(NamedTuple):
+    """An operation under its canonical name, with its arguments by parameter."""
+
+    name: str
+    args: dict[str, Any]
+
+    def __getitem__(self, parameter: Any) -> Any:
+        return self.args[parameter]
+
+
+def tensor(node: Any) -> torch.Tensor | None:
+    """The fake tensor that Dynamo recorded for a node."""
+    value = node.meta.get("example_value") if isinstance(node, Node) else None
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def size(value: Any) -> Size:
+    """An int, SymInt or node that holds one, as a `Size`."""
+    if isinstance(value, Node):
+        value = value.meta.get("example_value")
+    if isinstance(value, torch.SymInt):
+        expression = value.node.expr
+        return int(expression) if expression.is_Integer else expression
+    return value
+
+
+def shape(node: Node) -> tuple[Size, ...]:
+    """A node's shape; refuses where Dynamo recorded none."""
+    value = tensor(node)
+    if value is None and isinstance(node.meta.get("example_value"), (torch.SymFloat, torch.SymInt)):
+        return ()
+    if value is None:
+        refuse("describe", f"no shape is known for {node}", node)
+    return tuple(size(n) for n in value.shape)
+
+
+def call(node: Any) -> Call | None:
+    """The canonical reading of a node, or None for an operation that is not in the table."""
+    if not isinstance(node, Node):
+        return None
+    if node.op == "call_method":
+        signature = _METHODS.get(str(node.target))
+    elif node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+        signature = _METHODS.get(node.target.overloadpacket.__name__)
+    elif node.op == "call_function":
+        signature = _FUNCTIONS.get(node.target)
+    else:
+        return None
+    args = signature.bind(node.args, node.kwargs) if signature and "out" not in node.kwargs else None
+    if signature is None or args is None:
+        return None
+    return _normalise(Call(signature.name, args), node)
+
+
+def _normalise(found: Call, node: Node) -> Call | None:
+    """Several spellings share a name but not a form; bring them to one."""
+    name, args = found
+    ndim = value.ndim if (value := tensor(args.get("input"))) is not None else None
+    if name == "getattr":
+        if args["name"] not in ("T", "mT", "H", "mH") or ndim is None or value is None or value.is_complex():
+            return None
+        order = range(ndim)[::-1] if args["name"] in ("T", "H") else [*range(ndim - 2), ndim - 1, ndim - 2]
+        return Call("permute", {"input": args["input"], "dims": tuple(order)})
+    if name in ("transpose", "t") and ndim is not None:
+        dim0, dim1 = (args["dim0"] % ndim, args["dim1"] % ndim) if name == "transpose" else (0, ndim - 1)
+        swapped = {dim0: dim1, dim1: dim0}
+        return Call("permute", {"input": args["input"], "dims": tuple(swapped.get(i, i) for i in range(ndim))})
+    if name == "permute" and ndim is not None:
+        return Call(name, {"input": args["input"], "dims": tuple(d % ndim for d in args["dims"])})
+    if name == "getitem":
+        if ndim is None:
+            return None
+        index = args["index"] if isinstance(args["index"], tuple) else (args["index"],)
+        if all(item is None or item is Ellipsis or item == slice(None) for item in index):
+            return Call("reshape", {"input": args["input"]})
+        return Call(name, {"input": args["input"], "index": index})
+    if name == "reshape" and (tensor(node) is None or value is None or tensor(node).dtype != value.dtype):  # type: ignore[union-attr]
+        return None
+    if name == "cast" and (tensor(node) is None or value is None or tensor(node).device != value.device):  # type: ignore[union-attr]
+        return None
+    if name == "where_method":
+        return Call("where", args)
+    return found
+
+
+def is_inplace(node: Node) -> bool:
+    """Whether a node writes into its first argument."""
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    if node.op != "call_function":
+        return False
+    name, module = getattr(node.target, "__name__", ""), getattr(node.target, "__module__", "")
+    return (
+        node.target in _INPLACE_FUNCTIONS
+        or node.target is operator.setitem
+        or node.kwargs.get("inplace") is True
+        or (node.target in (F.dropout, F.relu) and True in node.args[3:])
+        or (name.endswith("_") and not name.endswith("__") and module not in ("_operator", "operator"))
+    )
+
+
+def is_pure(node: Node) -> bool:
+    """Whether a node without users can be erased: a known operation that writes nothing and draws no numbers."""
+    found = call(node)
+    return found is not None and found.name not in _PURE_EXCEPT and not is_inplace(node)
+
+
+def _written(node: Node, modules: dict[str, Any]) -> list[Any]:
+    """The arguments whose contents a node may change."""
+    if node.op not in ("call_function", "call_method"):
+        return []
+    if "out" in node.kwargs:
+        out = node.kwargs["out"]
+        return list(out) if isinstance(out, (tuple, list)) else [out]
+    if is_inplace(node):
+        return [node.args[0] if node.args else node.kwargs.get("input")]
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        named = list(zip((a.name for a in target._schema.arguments), node.args)) + list(node.kwargs.items())
+        written = {a.name for a in target._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+        return [value for name, value in named if name in written]
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        bodies = [modules.get(str(a.target)) for a in node.all_input_nodes if a.op == "get_attr"]
+        writes = any(_writes(body) for body in bodies if isinstance(body, GraphModule))
+        return node.all_input_nodes if writes or "mutation" in target.__name__ or not bodies else []
+    module = getattr(target, "__module__", None) or ""
+    trusted = ("torch", "_operator", "operator", "builtins", "math", "einops")
+    if node.op == "call_function" and module.split(".")[0] not in trusted and target not in _FUNCTIONS:
+        builtin = type(target).__name__ in ("builtin_function_or_method", "method_descriptor", "OpOverloadPacket")
+        return [] if builtin else node.all_input_nodes
+    return []
+
+
+def _writes(body: GraphModule) -> bool:
+    modules = dict(body.named_children())
+    return any(_written(node, modules) for node in body.graph.nodes)
+
+
+@dataclass
+class Facts:
+    """What the stages ask of one graph, found out once. `outer` and `caller` lead from a body to its call."""
+
+    graph: Graph
+    modules: dict[str, Any] = field(default_factory=dict)
+    outer: Facts | None = None
+    caller: Node | None = None
+
+    def __post_init__(self) -> None:
+        self.position = {node: i for i, node in enumerate(self.graph.nodes)}
+        self._calls: dict[Node, Call | None] = {}
+        self._writes: dict[int, list[Node]] = {}
+        for node in self.graph.nodes:
+            for written in _written(node, self.modules):
+                if (storage := _storage(written)) is not None:
+                    self._writes.setdefault(storage, []).append(node)
+
+    def call(self, node: Any) -> Call | None:
+        if node not in self._calls:
+            self._calls[node] = call(node)
+        return self._calls[node]
+
+    def current(self, node: Node, at: Node) -> Node:
+        """The node that holds, just before `at` runs, the contents of the tensor that `node` returned.
+
+        It is `node` itself, or the last in-place operation on that very tensor. Contents changed through a
+        view, an overlapping tensor or an unknown operation are refused.
+        """
+        writes = self._writes.get(_storage(node), ()) if self._writes else ()
+        between = [w for w in writes if self.position[node] < self.position[w] < self.position[at]]
+        if not between:
+            return node
+        for write in between:
+            if not _same_view(write, node):
+                refuse("describe", f"{node} is modified in place by {describe_node(write)} before it is used", write)
+        return between[-1]
+
+    def unchanged(self, node: Node, until: Node) -> bool:
+        """Whether `until` still sees the contents that `node` had when it was made."""
+        writes = self._writes.get(_storage(node), ()) if self._writes else ()
+        return not any(self.position[node] < self.position[w] < self.position[until] for w in writes)
+
+    def replace(self, old: Node, new: list[Node], result: Node) -> None:
+        """`result`, one of the `new` nodes that were inserted before `old`, takes its place."""
+        self.position.update(dict.fromkeys(new, self.position[old]))
+        for user in old.users:
+            self._calls.pop(user, None)
+        old.replace_all_uses_with(result)
+
+    @cached_property
+    def _arguments(self) -> dict[Node, Node]:
+        if self.caller is None or self.outer is None:
+            return {}
+        placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
+        given: list[Any] = []
+        torch.fx.map_arg((self.caller.args, self.caller.kwargs), given.append)
+        return dict(zip(placeholders, given[-len(placeholders) :])) if len(given) >= len(placeholders) > 0 else {}
+
+    def argument(self, placeholder: Node) -> Node | None:
+        """For an input of a body: the node of the outer graph that is handed in for it."""
+        return self._arguments.get(placeholder)
+
+    def bodies(self) -> Iterator[Facts]:
+        """The graphs of higher-order operators that this graph calls: checkpointed and autocast regions, branches."""
+        calls: dict[str, list[Node]] = {}
+        for node in self.graph.nodes:
+            if node.op == "get_attr" and isinstance(self.modules.get(str(node.target)), GraphModule):
+                calls.setdefault(str(node.target), []).extend(node.users)
+        for name, users in calls.items():
+            body = self.modules[name]
+            single = len(users) == 1 and getattr(users[0].target, "__name__", "") in _TRANSPARENT
+            yield Facts(
+                body.graph,
+                dict(body.named_children()),
+                self if single else None,
+                users[0] if single else None,
+            )
+
+
+def _storage(node: Any) -> int | None:
+    value = tensor(node)
+    try:
+        return None if value is None else value.untyped_storage()._cdata
+    except NotImplementedError:  # sparse and other storage-less tensors
+        return None
+
+
+def _same_view(a: Node, b: Node) -> bool:
+    x, y = tensor(a), tensor(b)
+    if x is None or y is None:
+        return False
+    sizes = [(size(m), size(n)) for m, n in zip((*x.shape, *x.stride()), (*y.shape, *y.stride()))]
+    return (
+        x.ndim == y.ndim
+        and x.dtype == y.dtype
+        and size(x.storage_offset()) == size(y.storage_offset())
+        and all(m == n for m, n in sizes)
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Where a node comes from, in the words of the user's model
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n\s*(?P<code>.*)')
+_ROOT = re.compile(r"^L\['\w+'\]\.?|^L__\w+?___")
+
+
+def source(node: Node) -> str:
+    """`file:line` of the innermost line of the model's code that made a node; empty where Dynamo kept none."""
+    frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
+    return f"{frames[-1]['file']}:{frames[-1]['line']}" if frames else ""
+
+
+def module_path(node: Node) -> str:
+    """The dotted path of the module whose forward made a node, as in `model.named_modules()`."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next(reversed([entry[0] for entry in stack.values()]), "") if stack else ""
+    path = _ROOT.sub("", path)
+    path = re.sub(r"(?:_modules)?\['?(\w+)'?\]", r".\1", path).replace("._modules.", ".")
+    return path.removeprefix("fn.").lstrip(".")
+
+
+def describe_node(node: Node) -> str:
+    """A node in words: its operation and, where known, its line."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    where = source(node)
+    return f"`{name}`" + (f" ({where})" if where else "")

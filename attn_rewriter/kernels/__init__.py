@@ -1,0 +1,11 @@
+"""The kernels, by name. To add one: write a file with a subclass of `Kernel` and list it here."""
+
+from __future__ import annotations
+
+from attn_rewriter.kernels.base import Kernel, Limits, Tensors
+from attn_rewriter.kernels.reference import Reference
+from attn_rewriter.kernels.sdpa import SDPA
+
+KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (SDPA(), Reference())}
+
+__all__ = ["KERNELS", "Kernel", "Limits", "Tensors"]

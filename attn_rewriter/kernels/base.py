@@ -1,0 +1,67 @@
+"""What a kernel is to the rest of the package: a declaration of what it can do, and its call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from attn_rewriter.device import Device
+from attn_rewriter.spec import AttentionSpec, Shapes
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The part of a declaration that is the same for all kernels; None means no limit."""
+
+    devices: frozenset[str] | None = None
+    min_capability: tuple[int, int] | None = None
+    dtypes: frozenset[torch.dtype] | None = None
+    max_head_dim: int | None = None
+    package: str | None = None
+
+    def refusals(self, shapes: Shapes, device: Device) -> list[str]:
+        """One sentence for each limit that is not kept."""
+        reasons = []
+        if self.devices is not None and device.type not in self.devices:
+            reasons.append(f"runs on {' and '.join(sorted(self.devices))}, not on {device.type}")
+        elif self.min_capability is not None and (device.capability or (0, 0)) < self.min_capability:
+            reasons.append(f"needs sm_{self.min_capability[0]}{self.min_capability[1]} or newer, this is {device}")
+        if self.dtypes is not None and shapes.dtype not in self.dtypes:
+            names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in self.dtypes))
+            reasons.append(f"computes in {names}, not in {str(shapes.dtype).removeprefix('torch.')}")
+        if self.max_head_dim is not None:
+            for size in (shapes.head_dim, shapes.head_dim_v):
+                if not isinstance(size, int) or size > self.max_head_dim:
+                    reasons.append(f"head_dim is at most {self.max_head_dim}, here {size}")
+                    break
+        return reasons
+
+
+class Kernel:
+    """A way to compute attention.
+
+    A new kernel is one file with one subclass, listed in `attn_rewriter/kernels/__init__.py`. It says what it can
+    compute in `limits` and `refusals`, and computes it in `__call__`, which is plain PyTorch: the emitter runs it on
+    stand-ins to put its operations into the graph, the tests run it on tensors. So it must not look at the contents
+    of tensors, and takes sizes and types from `shapes`. Optional packages are imported in `__call__` alone.
+    """
+
+    name: ClassVar[str]
+    limits: ClassVar[Limits] = Limits()
+
+    def refusals(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> list[str]:
+        """Why this kernel cannot compute `spec`, a sentence each; empty means that it can."""
+        return self.limits.refusals(shapes, device)
+
+    def __call__(self, spec: AttentionSpec, shapes: Shapes, device: Device, tensors: Tensors) -> torch.Tensor:
+        """The output, `[batch, num_heads, q_len, head_dim_v]` in `shapes.dtype`.
+
+        `tensors` holds "query", "key", "value" and the names in the spec, in the layouts of `attn_rewriter.spec`;
+        all but the masks have the type `shapes.dtype`.
+        """
+        raise NotImplementedError

@@ -1,0 +1,37 @@
+"""The spec, computed step by step as it is written down: slow, of any type, and the truth for every test."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from attn_rewriter.device import Device
+from attn_rewriter.kernels.base import Kernel, Tensors
+from attn_rewriter.kernels.masking import keep
+from attn_rewriter.spec import AttentionSpec, Bias, Mask, Scale, ScaleBy, Shapes
+
+
+class Reference(Kernel):
+    """Plain PyTorch in the operands' own type. A row in which every key is masked gives zeros."""
+
+    name = "reference"
+
+    def __call__(self, spec: AttentionSpec, shapes: Shapes, device: Device, tensors: Tensors) -> torch.Tensor:
+        query, key, value = tensors["query"], tensors["key"], tensors["value"]
+        if shapes.is_gqa:
+            key = key.repeat_interleave(shapes.num_groups, dim=1)
+            value = value.repeat_interleave(shapes.num_groups, dim=1)
+        scores = query @ key.transpose(-2, -1)
+        for modifier in spec.modifiers:
+            match modifier:
+                case Scale(factor):
+                    scores = scores * factor
+                case ScaleBy():
+                    scores = modifier.apply(scores, tensors)
+                case Bias(name, factor):
+                    scores = scores + factor * tensors[str(name)]
+                case Mask():
+                    scores = scores.masked_fill(~keep(modifier, tensors), float("-inf"))
+        weights = torch.softmax(scores, dim=-1)
+        weights = torch.where(weights == weights, weights, 0.0)
+        return F.dropout(weights, spec.dropout_p) @ value

@@ -1,0 +1,64 @@
+"""`torch.nn.functional.scaled_dot_product_attention`, on every device that PyTorch has.
+
+PyTorch then takes cuDNN, flash, memory-efficient or plain attention by its own rules
+(https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from attn_rewriter.device import Device
+from attn_rewriter.kernels.base import Kernel, Tensors
+from attn_rewriter.kernels.masking import keep_mask, summed_bias
+from attn_rewriter.spec import AttentionSpec, Band, Shapes
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class SDPA(Kernel):
+    """Any affine form: scale, biases, masks as tensors, causal without one, GQA and dropout."""
+
+    name = "sdpa"
+
+    def refusals(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> list[str]:
+        form = spec.affine()
+        return [*super().refusals(spec, shapes, device), *([form] if isinstance(form, str) else [])]
+
+    def __call__(self, spec: AttentionSpec, shapes: Shapes, device: Device, tensors: Tensors) -> torch.Tensor:
+        form = spec.affine()
+        assert not isinstance(form, str)
+        query, key, value = tensors["query"], tensors["key"], tensors["value"]
+        for scale in form.query_scales:
+            query = scale.apply(query, tensors)
+        bias = summed_bias(form, tensors)
+        is_causal = bias is None and form.keep.within(shapes.q_len, shapes.kv_len) == Band(None, 0)
+        attn_mask = bias
+        if not is_causal and (keep := keep_mask(form, shapes, tensors)) is not None:
+            # A finite number, so that a row in which every key is masked stays finite; half of the lowest, because
+            # kernels multiply by log2(e) before they exponentiate.
+            attn_mask = keep if bias is None else torch.where(keep, bias, torch.finfo(shapes.dtype).min / 2)
+        if shapes.is_gqa and not self._takes_gqa(shapes, device, attn_mask is not None):
+            key, value = (x.repeat_interleave(shapes.num_groups, dim=1) for x in (key, value))
+        # Arguments that have their default are left out, so that the graph reads as a person would write it.
+        options: dict[str, Any] = {"scale": form.scale}
+        if attn_mask is not None:
+            options["attn_mask"] = attn_mask
+        if spec.dropout_p:
+            options["dropout_p"] = spec.dropout_p
+        if is_causal:
+            options["is_causal"] = True
+        if shapes.is_gqa and key is tensors["key"]:
+            options["enable_gqa"] = True
+        return F.scaled_dot_product_attention(query, key, value, **options)
+
+    @staticmethod
+    def _takes_gqa(shapes: Shapes, device: Device, masked: bool) -> bool:
+        """On CUDA, flash and cuDNN attention read grouped heads, memory-efficient attention does not; flash takes no
+        mask, and cuDNN (first choice from sm_90 on) only half precision."""
+        if device.type != "cuda":
+            return True
+        return shapes.dtype in _HALF and (not masked or (device.capability or (0, 0)) >= (9, 0))

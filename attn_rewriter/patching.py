@@ -1,0 +1,156 @@
+"""`patch()`: existing `torch.compile` calls, and models that transformers makes, go through the rewriter."""
+
+from __future__ import annotations
+
+import functools
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from types import ModuleType, TracebackType
+from typing import Any
+
+import torch
+
+from attn_rewriter.backend import Backend
+from attn_rewriter.options import Options
+from attn_rewriter.report import Report
+
+_TRANSFORMERS = "transformers.modeling_utils"
+
+
+class Patch:
+    """A patch that is in force, until `unpatch()` or the end of its `with` block."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self._options = dict(options)
+        self._backends: list[Backend] = []
+        self._undo: list[Callable[[], None]] = []
+        self._inside = threading.local()
+        self._set(torch, "compile", functools.wraps(torch.compile)(functools.partial(self._compile, torch.compile)))
+        if _TRANSFORMERS in sys.modules:
+            self._patch_transformers(sys.modules[_TRANSFORMERS])
+        else:
+            finder = _AfterImport(_TRANSFORMERS, self._patch_transformers)
+            sys.meta_path.insert(0, finder)
+            self._undo.append(finder.remove)
+
+    @property
+    def report(self) -> Report:
+        """All sites of the graphs that were compiled under this patch."""
+        return Report.joined(backend.report for backend in self._backends)
+
+    def undo(self) -> None:
+        """Put everything back. Models that were compiled meanwhile stay as they are."""
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        unpatch(self)
+
+    def _set(self, owner: Any, name: str, value: Any) -> None:
+        self._undo.append(functools.partial(setattr, owner, name, owner.__dict__[name]))
+        setattr(owner, name, value)
+
+    def _backend(self, mode: str | None = None, options: Mapping[str, Any] | None = None) -> Backend:
+        self._backends.append(Backend(Options.of({**(options or {}), **self._options}, mode)))
+        return self._backends[-1]
+
+    def _compile(
+        self,
+        original: Callable[..., Any],
+        model: Any = None,
+        *,
+        backend: Any = "inductor",
+        mode: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if backend != "inductor":
+            return original(model, backend=backend, mode=mode, options=options, **kwargs)
+        return original(model, backend=self._backend(mode, options), **kwargs)
+
+    def _patch_transformers(self, module: ModuleType) -> None:
+        for name in ("from_pretrained", "_from_config"):
+            made = module.PreTrainedModel.__dict__[name].__func__
+            self._set(module.PreTrainedModel, name, classmethod(self._optimized(made)))
+
+    def _optimized(self, make: Callable[..., Any]) -> Callable[..., Any]:
+        """Optimise what a class method of transformers returns, but not the models that it makes on the way."""
+
+        @functools.wraps(make)
+        def wrapper(cls: type, *args: Any, **kwargs: Any) -> Any:
+            outermost = not getattr(self._inside, "busy", False)
+            self._inside.busy = True
+            try:
+                made = make(cls, *args, **kwargs)
+            finally:
+                if outermost:
+                    self._inside.busy = False
+            if outermost:
+                model = made[0] if isinstance(made, tuple) else made  # output_loading_info=True
+                backend = self._backend()
+                model.compile(backend=backend)
+            return made
+
+        return wrapper
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Calls a function on a module as soon as someone imports it."""
+
+    def __init__(self, name: str, then: Callable[[ModuleType], None]) -> None:
+        self.name, self.then = name, then
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        self.remove()
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_then(module: ModuleType) -> None:
+            execute(module)
+            self.then(module)
+
+        spec.loader.exec_module = execute_then  # type: ignore[method-assign]
+        return spec
+
+    def remove(self) -> None:
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+
+
+_patches: list[Patch] = []
+
+
+def patch(**options: Any) -> Patch:
+    """From here on, `torch.compile` with its default backend rewrites attention, and so do models from transformers'
+    `from_pretrained` and `from_config`; both also in code that knows nothing of this package.
+
+    The options are those of `optimize`: kernel, compiler, strict, mode and the compiler's. Used as a context manager,
+    the patch ends with the block. Its `report` says what was rewritten.
+
+    Raises `ValueError` for unknown options.
+    """
+    Options.of(options)
+    _patches.append(Patch(options))
+    return _patches[-1]
+
+
+def unpatch(which: Patch | None = None) -> None:
+    """End a patch, the last one by default. Without a patch there is nothing to do."""
+    while _patches:
+        ended = _patches.pop()
+        ended.undo()
+        if which in (None, ended):
+            return

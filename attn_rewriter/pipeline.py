@@ -1,0 +1,100 @@
+"""find → describe → choose → emit, over a graph and the bodies that it calls."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch.fx import GraphModule
+
+from attn_rewriter.choose import Request, choose
+from attn_rewriter.describe import describe
+from attn_rewriter.device import Device
+from attn_rewriter.emit import emit
+from attn_rewriter.errors import KernelUnavailable, Refusal, RewriteError
+from attn_rewriter.find import Site, find
+from attn_rewriter.graph import Facts, module_path, source, tensor
+from attn_rewriter.lower import lower, obstacle
+from attn_rewriter.report import Report, SiteReport
+
+log = logging.getLogger("attn_rewriter")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the pipeline is told: the kernels to choose from, the device to choose for (None: the tensors' own),
+    whether something unexpected raises, and whether to choose only and replace nothing."""
+
+    kernel: Request = "auto"
+    device: Device | None = None
+    strict: bool = False
+    dry: bool = False
+
+
+def rewrite(gm: GraphModule, settings: Settings) -> Report:
+    """Rewrite every site of a graph in place, and report on each."""
+    started = time.perf_counter()
+    sites: list[SiteReport] = []
+    for facts in _graphs(gm):
+        sites += _rewrite(facts, settings)
+        facts.graph.owning_module.recompile()
+    for site in sites:
+        log.info("%s", site)
+    return Report(tuple(sites), rewrite_seconds=time.perf_counter() - started)
+
+
+def _graphs(gm: GraphModule) -> Iterator[Facts]:
+    """The graph, then the bodies that it calls, each with its multi-head attention calls opened."""
+    queue = [Facts(gm.graph, dict(gm.named_children()))]
+    while queue:
+        facts = queue.pop()
+        if lower(facts):
+            facts = Facts(facts.graph, facts.modules, facts.outer, facts.caller)
+        queue += facts.bodies()
+        yield facts
+
+
+def _rewrite(facts: Facts, settings: Settings) -> Iterator[SiteReport]:
+    for site in [*find(facts)]:
+        about = {"module": module_path(site.anchor), "source": source(site.anchor)}
+        try:
+            yield _rewrite_site(site, facts, settings, about)
+        except KernelUnavailable as error:
+            raise KernelUnavailable(f"{_place(about)}: {error}") from None
+        except Exception as error:
+            message = f"{_place(about)}: {type(error).__name__}: {error}"
+            if settings.strict:
+                raise RewriteError(f"could not rewrite the attention at {message}") from error
+            warnings.warn(f"attn_rewriter leaves this attention as it is, after an error at {message}", stacklevel=2)
+            log.debug("internal error at %s", message, exc_info=error)
+            refusal = Refusal("internal", f"{type(error).__name__}: {error}", site.anchor)
+            yield SiteReport(**about, refusals=(refusal,))
+
+
+def _rewrite_site(site: Site, facts: Facts, settings: Settings, about: dict[str, str]) -> SiteReport:
+    if site.kind == "mha":
+        refusal = Refusal("lower", obstacle(site.anchor, site.call) or "it could not be opened", site.anchor)
+        return SiteReport(**about, refusals=(refusal,))
+    found = describe(site, facts)
+    if isinstance(found, Refusal):
+        return SiteReport(**about, refusals=(found,))
+    output = tensor(site.output)
+    assert output is not None
+    device = settings.device or Device.of(output.device)
+    choice = choose(found.spec, found.shapes, device, settings.kernel)
+    read = {**about, "spec": found.spec, "shapes": found.shapes}
+    if isinstance(choice, Refusal):
+        return SiteReport(**read, refusals=(choice,))
+    if settings.dry:
+        return SiteReport(**read, kernel=choice.kernel.name, refusals=choice.refused)
+    emitted = emit(site, found, choice.kernel, device, facts)
+    if isinstance(emitted, Refusal):
+        return SiteReport(**read, refusals=(*choice.refused, emitted))
+    return SiteReport(**read, kernel=choice.kernel.name, refusals=choice.refused)
+
+
+def _place(about: dict[str, str]) -> str:
+    return " ".join(filter(None, (about["module"] or "the model", f"({about['source']})" if about["source"] else "")))

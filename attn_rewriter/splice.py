@@ -1,0 +1,108 @@
+"""Putting operations into a graph: plain PyTorch code runs on stand-ins for nodes, and what it does is inserted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from types import TracebackType
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Node, Proxy
+from torch.fx.proxy import GraphAppendingTracer
+
+from attn_rewriter.errors import refuse
+from attn_rewriter.graph import Facts, is_pure, size
+from attn_rewriter.spec import Size, same
+
+_ORIGIN = ("stack_trace", "nn_module_stack", "source_fn_stack")
+
+
+class Splice:
+    """A place in a graph, in front of `before`, while operations are being put there.
+
+    New nodes get what Dynamo gave the old ones: a fake value, and from `origin` where in the model they come from.
+    An exception takes all of them out again.
+    """
+
+    def __init__(self, facts: Facts, before: Node, origin: Node) -> None:
+        self.facts, self.before, self.origin = facts, before, origin
+        self.last = before.prev
+        self._tracer = GraphAppendingTracer(facts.graph)
+        self._point = facts.graph.inserting_before(before)
+
+    def __enter__(self) -> Splice:
+        self._point.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._point.__exit__(kind, error, traceback)
+        if error is not None:
+            for node in reversed(self.nodes):
+                self.facts.graph.erase_node(node)
+
+    @property
+    def nodes(self) -> list[Node]:
+        """What was put in so far."""
+        nodes, node = [], self.last.next
+        while node is not self.before:
+            nodes.append(node)
+            node = node.next
+        return nodes
+
+    def stand_in(self, value: Any) -> Any:
+        """What plain PyTorch code takes for a node; anything else stands for itself."""
+        return Proxy(value, self._tracer) if isinstance(value, Node) else value
+
+    def value(self, proxy: Any) -> torch.Tensor:
+        """The fake value of a stand-in."""
+        for node in self.nodes:
+            if "example_value" not in node.meta:
+                node.meta.update({key: self.origin.meta[key] for key in _ORIGIN if key in self.origin.meta})
+                node.meta["example_value"] = run(node)
+        held = proxy.node.meta["example_value"]
+        assert isinstance(held, torch.Tensor)
+        return held
+
+    def as_type(self, proxy: Any, dtype: torch.dtype) -> Any:
+        """Convert, unless the tensor has the type already."""
+        return proxy if self.value(proxy).dtype == dtype else proxy.to(dtype)
+
+    def size(self, n: Size) -> Any:
+        """A size as an argument: a number, or a stand-in for the node that holds the symbol."""
+        if not isinstance(n, sympy.Expr):
+            return n
+        for node in self.facts.graph.nodes:
+            held = node.meta.get("example_value")
+            if isinstance(held, torch.SymInt) and same(size(held), n):
+                return self.stand_in(node)
+        refuse("emit", f"the size {n} is nowhere in the graph")
+
+    def replace(self, old: Node, new: Any, interior: Iterable[Node] = ()) -> None:
+        """Let the stand-in `new` take the place of `old`; erase `old`, the `interior` nodes that only led to it, and
+        what was computed upstream for them alone."""
+        self.value(new)
+        facts = self.facts
+        facts.replace(old, self.nodes, new.node)
+        upstream: list[Node] = []
+        for node in sorted({old, *interior}, key=facts.position.__getitem__, reverse=True):
+            if not node.users:
+                upstream += node.all_input_nodes
+                facts.graph.erase_node(node)
+        while upstream:
+            node = upstream.pop()
+            if not node._erased and not node.users and is_pure(node):
+                upstream += node.all_input_nodes
+                facts.graph.erase_node(node)
+
+
+def run(node: Node, value_of: Callable[[Node], Any] = lambda node: node.meta["example_value"]) -> Any:
+    """A node's result on the fake values of its arguments."""
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), value_of)
+    modes = [getattr(value_of(argument), "fake_mode", None) for argument in node.all_input_nodes]
+    target: Any = getattr(torch.Tensor, str(node.target)) if node.op == "call_method" else node.target
+    with next((mode for mode in modes if mode is not None), nullcontext()):
+        return target(*args, **kwargs)

@@ -1,0 +1,563 @@
+"""Reading what a mask says: integer, boolean and mask-valued tensors as functions of (batch, head, query, key).
+
+A node is read *at coordinates*: `arange(n)[None, :] <= arange(n)[:, None]`, read at (query, key), is
+`key <= query`. Whatever selects, shifts or broadcasts (indexing, slices, expand, transposes) only rewrites the
+coordinates, so that it does not matter how a model spells its mask. What can't be read stays a tensor: it is kept,
+never guessed. Transformers v5 builds its masks this way inside the graph (`masking_utils.py`).
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Union
+
+import sympy
+import torch
+from torch.fx import Node
+
+from attn_rewriter.errors import Refused
+from attn_rewriter.graph import Call, Facts, shape, size, tensor
+from attn_rewriter.patterns.axes import Dim, Dims, extent, leaves
+from attn_rewriter.spec import (
+    EVERY_KEY,
+    NO_KEY,
+    Band,
+    Predicate,
+    Size,
+    TensorMask,
+    at_most,
+    is_masking,
+    same,
+)
+
+
+class Unreadable(Exception):
+    """This expression has no reading; a boolean tensor around it may still be taken as it is."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """`offset + Σ coefficient * coordinate`: the integer at a coordinate, or a constant of any type."""
+
+    offset: Any = 0
+    terms: tuple[tuple[Any, int], ...] = ()
+
+    def __add__(self, other: Index) -> Index:
+        terms = dict(self.terms)
+        for axis, coefficient in other.terms:
+            terms[axis] = terms.get(axis, 0) + coefficient
+        return Index(self.offset + other.offset, tuple((a, c) for a, c in terms.items() if c != 0))
+
+    def __mul__(self, factor: Any) -> Index:
+        return Index(self.offset * factor, tuple((a, c * factor) for a, c in self.terms if factor != 0))
+
+    def __neg__(self) -> Index:
+        return self * -1
+
+    def range(self) -> tuple[Size, Size]:
+        """The smallest and largest value over all coordinates."""
+        low = high = self.offset
+        for axis, coefficient in self.terms:
+            reach = coefficient * (axis.size - 1)
+            low, high = (low, high + reach) if coefficient > 0 else (low + reach, high)
+        return low, high
+
+
+@dataclass(frozen=True)
+class Where:
+    """`then` where the condition holds, `otherwise` elsewhere."""
+
+    condition: Predicate
+    then: Value
+    otherwise: Value
+
+
+Value = Union[Index, Where, Predicate]
+
+
+def apply(function: Callable[..., Any], *values: Value) -> Value:
+    """A function of constants, applied to values that are constants under conditions."""
+    for i, value in enumerate(values):
+        if isinstance(value, Predicate):
+            value = Where(value, Index(True), Index(False))
+        if isinstance(value, Where):
+            then = apply(function, *values[:i], value.then, *values[i + 1 :])
+            otherwise = apply(function, *values[:i], value.otherwise, *values[i + 1 :])
+            return then if then == otherwise else Where(value.condition, then, otherwise)
+    return function(*values)
+
+
+def compare(left: Index, right: Index, name: str) -> Predicate:
+    """`left name right` for the canonical comparisons."""
+    if name in ("gt", "ge"):
+        left, right, name = right, left, {"gt": "lt", "ge": "le"}[name]
+    if name == "ne":
+        return ~compare(left, right, "eq")
+    if (
+        not left.terms
+        and not right.terms
+        and isinstance(left.offset, (int, float))
+        and isinstance(right.offset, (int, float))
+    ):
+        return EVERY_KEY if getattr(operator, name)(left.offset, right.offset) else NO_KEY
+    if name == "eq":
+        return compare(left, right, "le") & compare(right, left, "le")
+    difference = left + -right  # <= bound, for integers
+    if not _integral(difference.offset):
+        raise Unreadable("a comparison of positions with a fraction")
+    bound = -1 if name == "lt" else 0
+    low, high = difference.range()
+    if at_most(high, bound):
+        return EVERY_KEY
+    if at_most(bound + 1, low):
+        return NO_KEY
+    coefficients = {axis.name: coefficient for axis, coefficient in difference.terms}
+    if len(difference.terms) == 2 and coefficients == {"key": 1, "query": -1}:
+        return Band(None, bound - difference.offset)
+    if len(difference.terms) == 2 and coefficients == {"key": -1, "query": 1}:
+        return Band(difference.offset - bound, None)
+    raise Unreadable(f"a comparison over {sorted(coefficients)}")
+
+
+@dataclass
+class MaskReader:
+    """Reads nodes of one graph (and of the graphs around it) at coordinates; remembers what it read."""
+
+    facts: Facts
+    until: Node
+    memo: dict[Any, Value] = field(default_factory=dict)
+
+    def boolean(self, node: Node, dims: Dims) -> Predicate:
+        """A boolean tensor; one that can't be read further is a `TensorMask` of the node itself."""
+        try:
+            return predicate(self.read(self.facts, node, coordinates(dims), self.until))
+        except (Unreadable, Refused):
+            return TensorMask((node, dims), axes(dims))
+
+    def additive(self, node: Node, dims: Dims, dtype: torch.dtype) -> Predicate | None:
+        """What a float tensor keeps, if it is everywhere zero or masking (`is_masking`)."""
+        try:
+            return _kept(self.read(self.facts, node, coordinates(dims), self.until), dtype)
+        except (Unreadable, Refused):
+            return None
+
+    def constant(self, value: Any, at: Node) -> float | None:
+        """A number, also where it is spelled as a tensor of one element."""
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        if not isinstance(value, Node):
+            return None
+        held = value.meta.get("example_value")
+        if isinstance(held, (int, float)):
+            return float(held)
+        if tensor(value) is None or any(n != 1 for n in shape(value)):
+            return None
+        try:
+            read = self.read(self.facts, value, (Index(),) * len(shape(value)), at)
+        except (Unreadable, Refused):
+            return None
+        constant = isinstance(read, Index) and not read.terms and isinstance(read.offset, (int, float))
+        return float(read.offset) if constant else None  # type: ignore[union-attr]
+
+    def read(self, facts: Facts, node: Any, at: tuple[Index, ...], before: Node) -> Value:
+        """The value of `node`, as seen by `before`, at coordinates."""
+        if not isinstance(node, Node):
+            return literal(node)
+        if tensor(node) is None:
+            return literal(size(node))
+        node = facts.current(node, before)
+        key = (node, at)
+        if key not in self.memo:
+            self.memo[key] = self._read(facts, node, at)
+        return self.memo[key]
+
+    def _read(self, facts: Facts, node: Node, at: tuple[Index, ...]) -> Value:
+        try:
+            if node.op == "placeholder":
+                given = facts.argument(node)
+                if given is None or facts.outer is None or facts.caller is None:
+                    raise Unreadable("an input of the graph")
+                value = self.read(facts.outer, given, at, facts.caller)
+                if _holds(value, facts.outer.graph):
+                    raise Unreadable("a tensor outside of this graph")
+                return value
+            call = facts.call(node)
+            rule = _RULES.get(call.name) if call is not None else None
+            if call is None or rule is None:
+                raise Unreadable(f"{node.target}")
+            return rule(self, facts, node, call, at)
+        except (Unreadable, Refused):
+            value = tensor(node)
+            dims = _whole(at, shape(node)) if value is not None and value.dtype == torch.bool else None
+            if dims is None or not facts.unchanged(node, self._end(facts)):
+                raise
+            return TensorMask((node, dims), axes(dims))
+
+    def _end(self, facts: Facts) -> Node:
+        inner = self.facts
+        until = self.until
+        while inner is not facts and inner.outer is not None and inner.caller is not None:
+            inner, until = inner.outer, inner.caller
+        return until
+
+    def argument(self, facts: Facts, node: Node, value: Any, at: tuple[Index, ...]) -> Value:
+        """An argument of an elementwise operation, broadcast to the coordinates of its result."""
+        if not isinstance(value, Node) or tensor(value) is None:
+            return self.read(facts, value, (), node)
+        sizes = shape(value)
+        own = at[len(at) - len(sizes) :] if sizes else ()
+        return self.read(facts, value, tuple(Index() if n == 1 else c for n, c in zip(sizes, own)), node)
+
+
+def literal(value: Any) -> Index:
+    """A Python number or a size."""
+    if isinstance(value, (bool, int, float, sympy.Expr)):
+        return Index(value)
+    raise Unreadable(f"{type(value).__name__}")
+
+
+def predicate(value: Value) -> Predicate:
+    """A value as a condition."""
+    if isinstance(value, Where):
+        then, otherwise = predicate(value.then), predicate(value.otherwise)
+        return (value.condition & then) | (~value.condition & otherwise)
+    if isinstance(value, Index):
+        if value.terms or not isinstance(value.offset, (bool, int, float)):
+            raise Unreadable("a number as a condition")
+        return EVERY_KEY if value.offset else NO_KEY
+    return value
+
+
+def coordinates(dims: Dims) -> tuple[Index, ...]:
+    """Where the element with the dimensions' atoms lies: a folded dimension counts its atoms like digits."""
+    result = []
+    for dim in dims:
+        index = Index()
+        for atom in leaves(dim):
+            if not isinstance(atom.size, int) and index.terms:
+                raise Unreadable("a folded dimension of symbolic size")
+            index = (index * atom.size if index.terms else index) + Index(0, ((atom, 1),))
+        result.append(index)
+    return tuple(result)
+
+
+def axes(dims: Dims) -> tuple[str, ...]:
+    """The names of the axes that a tensor with these dimensions varies over."""
+    return tuple(dict.fromkeys(atom.axis for dim in dims for atom in leaves(dim)))
+
+
+def _whole(at: tuple[Index, ...], sizes: tuple[Size, ...]) -> Dims | None:
+    """The dimensions of a tensor that is read whole and straight, or None."""
+    dims: list[Dim] = []
+    for index, n in zip(at, sizes):
+        if index.offset != 0 or len(index.terms) > 1 or any(coefficient != 1 for _, coefficient in index.terms):
+            return None
+        dims.append(tuple(axis for axis, _ in index.terms))
+        if not same(extent(dims[-1]), n):
+            return None
+    atoms = [atom for dim in dims for atom in dim]
+    return tuple(dims) if len(atoms) == len(set(atoms)) else None
+
+
+def _holds(value: Value, graph: Any) -> bool:
+    if isinstance(value, Where):
+        return any(_holds(part, graph) for part in (value.condition, value.then, value.otherwise))
+    if isinstance(value, Predicate):
+        return any(isinstance(leaf, TensorMask) for leaf in value.leaves())
+    return False
+
+
+def _kept(value: Value, dtype: torch.dtype) -> Predicate | None:
+    if isinstance(value, Where):
+        then, otherwise = _kept(value.then, dtype), _kept(value.otherwise, dtype)
+        if then is None or otherwise is None:
+            return None
+        return (value.condition & then) | (~value.condition & otherwise)
+    if isinstance(value, Index) and not value.terms and isinstance(value.offset, (int, float)):
+        if value.offset == 0:
+            return EVERY_KEY
+        return NO_KEY if is_masking(value.offset, dtype) else None
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One rule for each operation: (reader, facts, node, call, coordinates) -> value
+
+_RULES: dict[str, Callable[[MaskReader, Facts, Node, Call, tuple[Index, ...]], Value]] = {}
+
+
+def _reads(*names: str) -> Callable[[Any], Any]:
+    def register(rule: Any) -> Any:
+        _RULES.update(dict.fromkeys(names, rule))
+        return rule
+
+    return register
+
+
+def _integral(value: Any) -> bool:
+    return isinstance(value, (int, sympy.Expr))
+
+
+@_reads("arange")
+def arange(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
+    bounds = [size(b) for b in call["bounds"]]
+    step = bounds[2] if len(bounds) == 3 else size(call["step"])
+    start = bounds[0] if len(bounds) > 1 else 0
+    if _rounds(node) or not (bounds and _integral(start) and isinstance(step, int)):
+        raise Unreadable("arange over what is not an integer")
+    return at[0] * step + Index(start)
+
+
+@_reads("full", "full_like", "new_full", "ones", "ones_like", "new_ones", "zeros", "zeros_like", "new_zeros", "tensor")
+def filled(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
+    fill: Any = 1 if "ones" in call.name else 0
+    if "full" in call.name:
+        fill = call["fill_value"]
+    if call.name == "tensor":
+        fill = call["data"]
+        while isinstance(fill, (list, tuple)) and len(fill) == 1:
+            fill = fill[0]
+    value = reader.read(facts, fill, (), node)
+    return _as_dtype(value, node)
+
+
+@_reads("cast")
+def cast(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
+    return _as_dtype(reader.argument(facts, node, call["input"], at), node)
+
+
+def _rounds(node: Node) -> bool:
+    """Whether a node's type can't hold every position: float32 can, up to 2**24."""
+    return tensor(node).dtype in (torch.float16, torch.bfloat16)  # type: ignore[union-attr]
+
+
+def _as_dtype(value: Value, node: Node) -> Value:
+    """Convert as torch does: to bool by "not zero", to float with the type's range (overflow becomes infinite)."""
+    dtype = tensor(node).dtype  # type: ignore[union-attr]
+
+    def convert(index: Index) -> Index:
+        if index.terms or isinstance(index.offset, sympy.Expr):
+            if _rounds(node) or dtype == torch.bool or not dtype.is_signed:
+                raise Unreadable(f"positions as {dtype}")
+            return index
+        try:
+            return Index(torch.tensor(index.offset, device="cpu").to(dtype).item())
+        except (RuntimeError, OverflowError) as error:
+            raise Unreadable(str(error)) from error
+
+    if dtype == torch.bool and isinstance(value, Predicate):
+        return value
+    converted = apply(convert, value)
+    return predicate(converted) if dtype == torch.bool else converted
+
+
+@_reads("copy")
+def copied(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
+    return reader.argument(facts, node, call["input"], at)
+
+
+@_reads("expand")
+def expanded(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
+    return reader.argument(facts, node, call["input"], at)
+
+
+@_reads("permute")
+def permuted(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
+    into = [Index()] * len(at)
+    for out, axis in enumerate(call["dims"]):
+        into[axis] = at[out]
+    return reader.read(facts, call["input"], tuple(into), node)
+
+
+@_reads("reshape")
+def reshaped(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
+    """Only dimensions of size 1 come and go; foldings are undone before masks are read (`axes`)."""
+    out, into = shape(node), shape(call["input"])
+    kept = [index for n, index in zip(out, at) if n != 1]
+    wide = [n for n in into if n != 1]
+    if len(kept) != len(wide) or not all(same(a, b) for a, b in zip(wide, (n for n in out if n != 1))):
+        raise Unreadable("a reshape")
+    left = iter(kept)
+    return reader.read(facts, call["input"], tuple(Index() if n == 1 else next(left) for n in into), node)
+
+
+@_reads("getitem")
+def indexed(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
+    """Slices shift a coordinate; index tensors (transformers' `mask[batch_idx, kv_idx]`) replace it."""
+    base, index = call["input"], list(call["index"])
+    sizes = shape(base)
+    used = sum(item is not None and item is not Ellipsis for item in index)
+    if Ellipsis in index:
+        i = index.index(Ellipsis)
+        index[i : i + 1] = [slice(None)] * (len(sizes) - used)
+    index += [slice(None)] * (len(sizes) - sum(item is not None for item in index))
+    tensors = [item for item in index if isinstance(item, Node) and tensor(item) is not None]
+    if tensors:
+        if len(tensors) != len(index):
+            raise Unreadable("index tensors beside slices")
+        return reader.read(facts, base, tuple(_position(reader, facts, node, item, at) for item in tensors), node)
+    into: list[Index] = []
+    left = iter(at)
+    for item in index:
+        n = sizes[len(into)] if item is not None else 0
+        if item is None:
+            next(left)
+        elif isinstance(item, slice):
+            start, step = size(item.start), size(item.step)
+            start, step = 0 if start is None else start, 1 if step is None else step
+            if not (_integral(start) and isinstance(step, int)) or step < 1:
+                raise Unreadable("a slice")
+            into.append(next(left) * step + Index(_from_front(start, n)))
+        elif _integral(size(item)) and not isinstance(item, bool):
+            into.append(Index(_from_front(size(item), n)))
+        else:
+            raise Unreadable("an index")
+    return reader.read(facts, base, tuple(into), node)
+
+
+def _from_front(position: Size, n: Size) -> Size:
+    """A position that may count from the end, as one that counts from the front."""
+    if at_most(position, -1):
+        position = n + position
+    if not (at_most(0, position) and at_most(position, n)):
+        raise Unreadable("a position that may count from either end, or be clamped")
+    return position
+
+
+def _position(reader: MaskReader, facts: Facts, node: Node, item: Node, at: tuple[Index, ...]) -> Index:
+    value = reader.argument(facts, node, item, at)
+    if not isinstance(value, Index) or not at_most(0, value.range()[0]):
+        raise Unreadable("an index tensor")
+    return value
+
+
+@_reads("tril", "triu")
+def triangular(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
+    row, column, diagonal = at[-2], at[-1], literal(size(call["diagonal"]))
+    inside = compare(column + -row, diagonal, "le" if call.name == "tril" else "ge")
+    value = reader.read(facts, call["input"], at, node)
+    if isinstance(value, Predicate):
+        return inside & value
+    return _where(inside, value, Index(0))
+
+
+@_reads("where")
+def where(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
+    condition = predicate(reader.argument(facts, node, call["condition"], at))
+    then = reader.argument(facts, node, call["input"], at)
+    otherwise = reader.argument(facts, node, call["other"], at)
+    return _as_dtype(_where(condition, then, otherwise), node)
+
+
+@_reads("masked_fill")
+def masked_fill(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
+    mask = predicate(reader.argument(facts, node, call["mask"], at))
+    fill = reader.argument(facts, node, call["value"], at)
+    return _as_dtype(_where(mask, fill, reader.argument(facts, node, call["input"], at)), node)
+
+
+def _where(condition: Predicate, then: Value, otherwise: Value) -> Value:
+    if condition == EVERY_KEY:
+        return then
+    return otherwise if condition == NO_KEY else Where(condition, then, otherwise)
+
+
+@_reads("lt", "le", "gt", "ge", "eq", "ne")
+def compared(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
+    left = reader.argument(facts, node, call["input"], at)
+    right = reader.argument(facts, node, call["other"], at)
+    return predicate(apply(lambda a, b: _truth(compare(a, b, call.name)), left, right))
+
+
+def _truth(value: Predicate) -> Value:
+    return value if value not in (EVERY_KEY, NO_KEY) else Index(value == EVERY_KEY)
+
+
+@_reads("and", "or", "not")
+def logical(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
+    terms = [call["input"]] if call.name == "not" else [call["input"], call["other"]]
+    if any(isinstance(term, Node) and tensor(term) is not None and tensor(term).dtype != torch.bool for term in terms):  # type: ignore[union-attr]
+        raise Unreadable("bits of integers")
+    values = [predicate(reader.argument(facts, node, term, at)) for term in terms]
+    if call.name == "not":
+        return ~values[0]
+    return values[0] & values[1] if call.name == "and" else values[0] | values[1]
+
+
+@_reads("add", "sub", "mul", "div", "neg", "pow", "sqrt", "rsqrt", "reciprocal")
+def arithmetic(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
+    if call.args.get("alpha", 1) != 1 or call.args.get("rounding_mode") is not None:
+        raise Unreadable("alpha or rounding")
+    operands = [call[p] for p in ("input", "other", "exponent") if p in call.args]
+    values = [reader.argument(facts, node, value, at) for value in operands]
+    if tensor(node) is not None and tensor(node).dtype == torch.bool:  # type: ignore[union-attr]
+        values = [predicate(value) for value in values]
+        if call.name not in ("add", "mul") or not all(isinstance(value, Predicate) for value in values):
+            raise Unreadable("arithmetic of booleans")
+        return values[0] & values[1] if call.name == "mul" else values[0] | values[1]  # type: ignore[operator]
+    return _as_dtype(apply(_ARITHMETIC[call.name], *values), node)
+
+
+def _product(a: Index, b: Index) -> Index:
+    for x, y in ((a, b), (b, a)):
+        if not y.terms and (not x.terms or isinstance(y.offset, int)):
+            return x * y.offset
+    raise Unreadable("a product of positions")
+
+
+def _numbers(function: Callable[..., float]) -> Callable[..., Index]:
+    def apply_to_numbers(*values: Index) -> Index:
+        if any(value.terms or isinstance(value.offset, sympy.Expr) for value in values):
+            raise Unreadable("a function of positions")
+        try:
+            return Index(function(*(value.offset for value in values)))
+        except (ValueError, ZeroDivisionError, OverflowError) as error:
+            raise Unreadable(str(error)) from error
+
+    return apply_to_numbers
+
+
+_ARITHMETIC: dict[str, Callable[..., Index]] = {
+    "add": operator.add,
+    "sub": lambda a, b: a + -b,
+    "neg": operator.neg,
+    "mul": _product,
+    "div": _numbers(operator.truediv),
+    "pow": _numbers(operator.pow),
+    "sqrt": _numbers(math.sqrt),
+    "rsqrt": _numbers(lambda x: 1 / math.sqrt(x)),
+    "reciprocal": _numbers(lambda x: 1 / x),
+}
+
+
+@_reads("diff")
+def difference(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
+    """Transformers looks for packed sequences by where the positions do not grow by one; for `arange` they do."""
+    axis = call["dim"] % len(at)
+    if call["n"] != 1 or call["append"] is not None:
+        raise Unreadable("a difference of higher order")
+
+    def step(of: Node, where: Index) -> Value:
+        return reader.read(facts, of, (*at[:axis], where, *at[axis + 1 :]), node)
+
+    here = step(call["input"], at[axis])
+    if call["prepend"] is None:
+        return apply(lambda a, b: a + -b, step(call["input"], at[axis] + Index(1)), here)
+    if shape(call["prepend"])[axis] != 1:
+        raise Unreadable("more than one element before the first")
+    first = apply(lambda a, b: a + -b, step(call["input"], Index()), step(call["prepend"], Index()))
+    later = apply(lambda a, b: a + -b, here, step(call["input"], at[axis] + Index(-1)))
+    if first != later:
+        raise Unreadable("uneven steps")
+    return later
+
+
+@_reads("cumsum")
+def cumulated(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
+    value = reader.read(facts, call["input"], at, node)
+    if value in (NO_KEY, Index(0), Index(False)):
+        return Index(0)
+    raise Unreadable("a running sum")
