@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from attn_rewriter.errors import Refusal, Refused, refuse
 from attn_rewriter.find import Site
-from attn_rewriter.graph import Call, Facts, describe_node, is_pure, shape, tensor
+from attn_rewriter.graph import Call, Facts, describe_node, looks_at_shape_only, shape, tensor
 from attn_rewriter.patterns.axes import Atom, Dim, Dims, backward, extent, fresh, leaves
 from attn_rewriter.patterns.masks import MaskReader
 from attn_rewriter.patterns.match import Matcher
@@ -25,6 +25,7 @@ from attn_rewriter.patterns.rule import Dropout, Fill, Rules
 from attn_rewriter.patterns.scores import scores
 from attn_rewriter.patterns.weights import weights
 from attn_rewriter.spec import (
+    MASKED,
     AttentionSpec,
     Band,
     Bias,
@@ -286,7 +287,7 @@ class _Reading:
         inside = {*late, *early, self.site.output}
         for node in (*late, *early):
             for user in node.users:
-                if user not in inside and not (is_pure(user) and not user.users):
+                if user not in inside and not looks_at_shape_only(user):
                     what = "weights" if node in late else "scores"
                     how = "returned" if user.op == "output" else f"used by {describe_node(user)}"
                     refuse("describe", f"the attention {what} are also {how}", user)
@@ -331,6 +332,8 @@ class _Reading:
         modifiers: list[Modifier] = [Scale(prescaled)]
         for (step, _), name in zip(steps, names):
             modifier = self._modifier(step, name, score_dtype)
+            if any(isinstance(earlier, Mask) for earlier in modifiers):
+                self._check_after_mask(modifier)
             last = modifiers[-1]
             if isinstance(modifier, Scale) and isinstance(last, Scale):
                 modifiers[-1] = Scale(last.factor * modifier.factor)
@@ -345,6 +348,13 @@ class _Reading:
             if not state.atoms <= {atom for dim in layout.of(name) for atom in leaves(dim)}:
                 refuse("describe", f"the {name} has an axis that does not belong to it", state.node)
         return Description(spec, self._shapes(spec, layout, operands, score_dtype), operands, layout, output, interior)
+
+    def _check_after_mask(self, modifier: Modifier) -> None:
+        """What is done to scores after they were masked must leave the masked ones so low that nobody attends."""
+        if isinstance(modifier, ScaleBy):
+            refuse("describe", "scores are scaled by a tensor after a mask", self.site.anchor)
+        if isinstance(modifier, Scale) and not modifier.factor * MASKED < -1e3:
+            refuse("describe", f"scores are scaled by {modifier.factor:g} after a mask", self.site.anchor)
 
     def _register(self, step: Any, dims: Dims) -> str | None:
         if isinstance(step, Fill):

@@ -116,7 +116,9 @@ def _interchangeable(new: torch.Tensor, old: Node) -> bool:
         if found is None or found.name not in _VIEWS or user.args[:1] != (old,) or tensor(user) is None:
             return False
         try:
-            seen = run(user, lambda node: new if node is old else node.meta["example_value"])
+            seen = run(
+                user, getattr(new, "fake_mode", None), lambda node: new if node is old else node.meta["example_value"]
+            )
         except (RuntimeError, ValueError):
             return False
         if not _interchangeable(seen, user):

@@ -282,6 +282,18 @@ def is_pure(node: Node) -> bool:
     return found is not None and found.name not in _PURE_EXCEPT and not is_inplace(node)
 
 
+_SHAPE_ONLY = {"full_like", "zeros_like", "ones_like", "new_full", "new_zeros", "new_ones"}
+_SELECTING = {"reshape", "permute", "expand", "getitem"}
+
+
+def looks_at_shape_only(node: Node) -> bool:
+    """Whether a node takes nothing from its input but shape and type, as `torch.ones_like(scores[0, 0])` does."""
+    found = call(node)
+    if found is None or is_inplace(node):
+        return False
+    return found.name in _SHAPE_ONLY or (found.name in _SELECTING and all(map(looks_at_shape_only, node.users)))
+
+
 def _written(node: Node, modules: dict[str, Any]) -> list[Any]:
     """The arguments whose contents a node may change."""
     if node.op not in ("call_function", "call_method"):

@@ -44,12 +44,13 @@ def _open(node: Node, call: Call, facts: Facts) -> bool:
     outputs = [user for user in node.users if user.args[1] == 0]
     if not outputs:
         return False
-    with Splice(facts, node, node) as splice:
+    with Splice(facts, outputs[0], node) as splice:
         args = {name: splice.stand_in(value) for name, value in call.args.items()}
         ndim = tensor(call["query"]).ndim  # type: ignore[union-attr]
         same = call["query"] is call["key"] is call["value"]
         masks = [tensor(call[name]) for name in ("attn_mask", "key_padding_mask")]
         result = _attention(args, ndim == 3, same, *masks, splice)
+        splice.value(result)
     for output in outputs:
         with Splice(facts, output, node) as splice:
             splice.replace(output, result, node.users)
@@ -81,7 +82,8 @@ def _attention(
 def _projected(args: dict[str, Any], is_self: bool) -> Any:
     bias = args["in_proj_bias"]
     if is_self and not args["use_separate_proj_weight"]:
-        return F.linear(args["query"], args["in_proj_weight"], bias).chunk(3, dim=-1)
+        packed = F.linear(args["query"], args["in_proj_weight"], bias).chunk(3, dim=-1)
+        return [packed[i] for i in range(3)]
     if args["use_separate_proj_weight"]:
         weights = [args[f"{name}_proj_weight"] for name in "qkv"]
     else:

@@ -301,13 +301,11 @@ class AttentionSpec:
         for modifier in self.modifiers:
             match modifier:
                 case Scale(factor):
-                    if factor <= 0 and masks:
-                        return "scores are scaled by a non-positive number after a mask"
                     scale *= factor
                     biases = [(name, f * factor) for name, f in biases]
                 case ScaleBy():
-                    if biases or masks:
-                        return "scores are scaled by a tensor after a bias or mask"
+                    if biases:
+                        return "scores are scaled by a tensor after a bias"
                     query_scales.append(modifier)
                 case Bias(tensor, factor):
                     biases.append((str(tensor), factor))

@@ -13,7 +13,7 @@ from torch.fx import Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
 from attn_rewriter.errors import refuse
-from attn_rewriter.graph import Facts, is_pure, size
+from attn_rewriter.graph import Facts, is_pure, size, tensor
 from attn_rewriter.spec import Size, same
 
 _ORIGIN = ("stack_trace", "nn_module_stack", "source_fn_stack")
@@ -29,6 +29,7 @@ class Splice:
     def __init__(self, facts: Facts, before: Node, origin: Node) -> None:
         self.facts, self.before, self.origin = facts, before, origin
         self.last = before.prev
+        self.mode = getattr(tensor(before), "fake_mode", None)
         self._tracer = GraphAppendingTracer(facts.graph)
         self._point = facts.graph.inserting_before(before)
 
@@ -62,7 +63,7 @@ class Splice:
         for node in self.nodes:
             if "example_value" not in node.meta:
                 node.meta.update({key: self.origin.meta[key] for key in _ORIGIN if key in self.origin.meta})
-                node.meta["example_value"] = run(node)
+                node.meta["example_value"] = run(node, self.mode)
         held = proxy.node.meta["example_value"]
         assert isinstance(held, torch.Tensor)
         return held
@@ -99,10 +100,9 @@ class Splice:
                 facts.graph.erase_node(node)
 
 
-def run(node: Node, value_of: Callable[[Node], Any] = lambda node: node.meta["example_value"]) -> Any:
-    """A node's result on the fake values of its arguments."""
+def run(node: Node, mode: Any, value_of: Callable[[Node], Any] = lambda node: node.meta["example_value"]) -> Any:
+    """A node's result on the fake values of its arguments, under their fake mode."""
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), value_of)
-    modes = [getattr(value_of(argument), "fake_mode", None) for argument in node.all_input_nodes]
     target: Any = getattr(torch.Tensor, str(node.target)) if node.op == "call_method" else node.target
-    with next((mode for mode in modes if mode is not None), nullcontext()):
+    with mode or nullcontext():
         return target(*args, **kwargs)

@@ -37,6 +37,9 @@ class Pattern:
     def __truediv__(self, other: Any) -> Pattern:
         return Pattern("div", {"input": self, "other": other})
 
+    def __neg__(self) -> Pattern:
+        return Pattern("neg", {"input": self})
+
     @property
     def weight(self) -> int:
         """The number of operations: a pattern with more of them says more."""

@@ -29,6 +29,12 @@ def divided(score: Node, c: float) -> Any:
     return (score, Scale(1 / c)) if c != 0 else None
 
 
+@scores(-score)
+def negated(score: Node) -> Any:
+    """Distances as scores."""
+    return score, Scale(-1.0)
+
+
 @scores(score * other, score * symbol)
 def scaled_by(score: Node, other: Node) -> Any:
     """A learned temperature: SwinV2's `logit_scale`, one number a head. Also any float under `dynamic=True`."""

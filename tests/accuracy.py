@@ -1,0 +1,63 @@
+"""The error budget of every numerical test: what eager itself loses against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+
+def assert_as_accurate(fused: Any, eager: Any, truth: Any, name: str = "") -> None:
+    """Assert that `fused` is as near to `truth` as `eager` is, up to what rounding explains.
+
+    All three are tensors, or the same nesting of tuples, lists and mappings of tensors (and of None, which must be
+    None in all). For each tensor, with its error being the root mean square of its difference from the truth,
+
+        error(fused) <= 1.5 * error(eager) + one rounding unit,
+
+    where the rounding unit is the spacing of numbers of the tensor's type at the largest magnitude of the truth. The
+    truth is computed in float64; `fused` and `eager` must have the same type and shape, and `fused` only finite
+    elements. Where eager leaves a result unspecified (rows in which every key is masked), leave it out of all three.
+    Tensors of whole numbers or truth values must be equal.
+    """
+    if isinstance(truth, Mapping):
+        assert fused.keys() == eager.keys() == truth.keys(), f"{name}: different keys"
+        for key in truth:
+            assert_as_accurate(fused[key], eager[key], truth[key], f"{name}[{key!r}]")
+    elif isinstance(truth, (tuple, list)):
+        assert len(fused) == len(eager) == len(truth), f"{name}: different lengths"
+        for i, parts in enumerate(zip(fused, eager, truth)):
+            assert_as_accurate(*parts, f"{name}[{i}]")
+    elif truth is None:
+        assert fused is None and eager is None, f"{name}: only the truth is None"
+    else:
+        _assert_tensor_as_accurate(fused, eager, truth, name or "the output")
+
+
+def _assert_tensor_as_accurate(fused: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor, name: str) -> None:
+    assert fused.dtype == eager.dtype, f"{name} is {fused.dtype}, in eager {eager.dtype}"
+    assert fused.shape == eager.shape == truth.shape, f"{name} is {fused.shape}, {eager.shape}, {truth.shape}"
+    if not truth.is_floating_point():
+        assert torch.equal(fused, eager), f"{name} differs from eager"
+        return
+    assert truth.dtype == torch.float64, f"{name}: the truth is {truth.dtype}, not float64"
+    assert truth.isfinite().all(), f"{name}: the truth is not finite"
+    assert fused.isfinite().all(), f"{name} is not finite"
+    if not truth.numel():
+        return
+    wrong, budget = error(fused, truth), 1.5 * error(eager, truth) + rounding_unit(truth, fused.dtype)
+    assert wrong <= budget, (
+        f"{name} is off by {wrong:.3g}, the budget is {budget:.3g} (eager {error(eager, truth):.3g})"
+    )
+
+
+def error(result: torch.Tensor, truth: torch.Tensor) -> float:
+    """The root mean square of the difference. (The largest one depends too much on luck where there are few
+    elements; a single wrong element still stands out against an error that is a rounding error everywhere.)"""
+    return (result.detach().cpu().double() - truth.detach().cpu()).square().mean().sqrt().item()
+
+
+def rounding_unit(truth: torch.Tensor, dtype: torch.dtype) -> float:
+    """The spacing of numbers of type `dtype` at the largest magnitude of `truth`."""
+    return torch.finfo(dtype).eps * truth.detach().abs().max().item()

@@ -1,0 +1,71 @@
+"""Running a function eager, in float64, and through the rewriter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+import attn_rewriter
+from attn_rewriter import Backend, Options, Report
+
+
+class Exact(TorchFunctionMode):
+    """Turns the casts to float32 that models write around their softmax into casts to float64."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__name__", "") == "float":
+            return args[0].double()
+        wide = {torch.float32: torch.float64}
+        args = tuple(wide.get(a, a) if isinstance(a, torch.dtype) else a for a in args)
+        kwargs = {k: wide.get(v, v) if isinstance(v, torch.dtype) else v for k, v in (kwargs or {}).items()}
+        return function(*args, **kwargs)
+
+
+def double(inputs: Sequence[Any]) -> list[Any]:
+    """The same inputs in float64, as new leaves."""
+
+    def convert(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            return x
+        return x.detach().double().requires_grad_(x.requires_grad)
+
+    return [convert(x) for x in inputs]
+
+
+def with_gradients(function: Callable[..., Any], inputs: Sequence[Any]) -> tuple[Any, list[torch.Tensor | None]]:
+    """A function's result, and the gradients of a fixed weighting of it for every input that wants one."""
+    result = function(*inputs)
+    outputs = [result] if isinstance(result, torch.Tensor) else [*result]
+    wanted = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+    used = [y for y in outputs if y.requires_grad]
+    if not used or not wanted:
+        return result, []
+    generator = torch.Generator().manual_seed(1)
+    ways = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y) for y in used]
+    return result, [*torch.autograd.grad(used, wanted, ways, allow_unused=True)]
+
+
+def truth(function: Callable[..., Any], inputs: Sequence[Any]) -> tuple[Any, list[torch.Tensor | None]]:
+    """Result and gradients in float64."""
+    with Exact():
+        return with_gradients(function, double(inputs))
+
+
+def rewritten(
+    function: Callable[..., Any], dynamic: bool | None = None, **options: Any
+) -> tuple[Any, Callable[[], Report]]:
+    """A function compiled with the rewriter and without Inductor, and the report of it."""
+    torch._dynamo.reset()
+    backend = Backend(Options(**{"compiler": attn_rewriter.api._run_as_is, "strict": True, **options}))
+    return torch.compile(function, backend=backend, dynamic=dynamic), lambda: backend.report
+
+
+def joined(draws: Iterable[Any]) -> Any:
+    """Several results of the same nesting as one, their tensors stacked."""
+    first, *rest = draws
+    if isinstance(first, (tuple, list)):
+        return [joined(parts) for parts in zip(first, *rest)]
+    return None if first is None else torch.stack([first, *rest])

@@ -1,0 +1,55 @@
+"""Every spelling is read as what it computes, and every kernel that takes it computes that."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from attn_rewriter.kernels import KERNELS
+from tests.accuracy import assert_as_accurate
+from tests.running import joined, rewritten, truth, with_gradients
+from tests.spellings import SPELLINGS, Spelling
+
+
+DRAWS = 4  # errors are compared over several draws of the inputs: a few elements' error is mostly luck
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: s.name)
+def test_reading(spelling: Spelling) -> None:
+    inputs = spelling.inputs()
+    function, report = rewritten(spelling.function)
+    function(*inputs)
+    (site,) = report().sites
+    if spelling.refused is not None:
+        assert site.kernel is None
+        assert spelling.refused in "; ".join(refusal.reason for refusal in site.refusals)
+    else:
+        assert site.kernel == "sdpa", site
+        assert str(site.spec) == spelling.computes
+        if spelling.num_kv_heads is not None:
+            assert site.shapes.num_kv_heads == spelling.num_kv_heads
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("spelling", [s for s in SPELLINGS if not s.random], ids=lambda s: s.name)
+def test_result_and_gradients(spelling: Spelling, kernel: str) -> None:
+    draws = [spelling.inputs(seed=seed) for seed in range(DRAWS)]
+    function, _ = rewritten(spelling.function, kernel=kernel)
+    assert_as_accurate(
+        joined(with_gradients(function, inputs) for inputs in draws),
+        joined(with_gradients(spelling.function, inputs) for inputs in draws),
+        joined(truth(spelling.function, inputs) for inputs in draws),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("spelling", [s for s in SPELLINGS if not s.random], ids=lambda s: s.name)
+def test_other_types(spelling: Spelling, dtype: torch.dtype) -> None:
+    draws = [spelling.inputs(dtype, seed) for seed in range(DRAWS)]
+    try:
+        eager = joined(spelling.function(*inputs) for inputs in draws)
+    except RuntimeError as error:
+        pytest.skip(f"eager raises: {error}")
+    function, _ = rewritten(spelling.function)
+    fused = joined(function(*inputs) for inputs in draws)
+    assert_as_accurate(fused, eager, joined(truth(spelling.function, inputs)[0] for inputs in draws))
