@@ -53,9 +53,9 @@ def optimize(
         model.compile(backend=backend, dynamic=dynamic, fullgraph=fullgraph)
         _backends[model] = backend
         return model
-    compiled: Model = torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=fullgraph)
+    compiled = torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=fullgraph)
     _backends[compiled] = backend
-    return compiled
+    return compiled  # type: ignore[return-value]
 
 
 def report_of(model: Any) -> Report:

@@ -228,7 +228,7 @@ class _Reading:
         operand("key", k, "key", "head_dim")
         operand("value", v, "key", ndim - 1)
         if scale is None:
-            scale = shape(q)[-1] ** -0.5  # type: ignore[operator]
+            scale = shape(q)[-1] ** -0.5
         steps: list[Any] = [ScaleBy(scale) if isinstance(scale, Node) else Scale(scale)]
         if call["is_causal"]:
             steps.append(Mask(None, Band(None, 0), "keep"))
@@ -368,7 +368,7 @@ class _Reading:
     def _modifier(self, step: Any, name: str | None, score_dtype: torch.dtype) -> Modifier:
         """A step as a modifier of the spec: its tensor by name, and read as a mask where it is one."""
         if name is None:
-            return step  # type: ignore[no-any-return]
+            return step
         origin = self.operands[name].origin
         if isinstance(step, Fill):
             if not is_masking(step.value, score_dtype):

@@ -11,13 +11,31 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from attn_rewriter.graph import Call, Facts, is_inplace, tensor
+from attn_rewriter.graph import Call, Facts, is_inplace
 
 PRODUCTS = frozenset({"matmul", "baddbmm", "einsum"})
 # Operations that a walk from the softmax to a product may meet: elementwise ones, views, casts and selections.
 _PASSED = frozenset(
-    "add sub mul div neg tanh cast copy permute reshape expand repeat repeat_interleave getitem where masked_fill "
-    "dropout softmax".split()
+    [
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "neg",
+        "tanh",
+        "cast",
+        "copy",
+        "permute",
+        "reshape",
+        "expand",
+        "repeat",
+        "repeat_interleave",
+        "getitem",
+        "where",
+        "masked_fill",
+        "dropout",
+        "softmax",
+    ]
 )
 
 

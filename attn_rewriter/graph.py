@@ -12,9 +12,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
-import sympy
 import torch
 import torch.nn.functional as F
 from torch.fx import Graph, GraphModule, Node
@@ -175,13 +174,14 @@ _TRANSPARENT = {
 }
 
 
-class Call(NamedTuple):
+@dataclass(frozen=True)
+class Call:
     """An operation under its canonical name, with its arguments by parameter."""
 
     name: str
     args: dict[str, Any]
 
-    def __getitem__(self, parameter: Any) -> Any:
+    def __getitem__(self, parameter: str) -> Any:
         return self.args[parameter]
 
 
@@ -231,7 +231,7 @@ def call(node: Any) -> Call | None:
 
 def _normalise(found: Call, node: Node) -> Call | None:
     """Several spellings share a name but not a form; bring them to one."""
-    name, args = found
+    name, args = found.name, found.args
     ndim = value.ndim if (value := tensor(args.get("input"))) is not None else None
     if name == "getattr":
         if args["name"] not in ("T", "mT", "H", "mH") or ndim is None or value is None or value.is_complex():
@@ -337,7 +337,7 @@ class Facts:
     def __post_init__(self) -> None:
         self.position = {node: i for i, node in enumerate(self.graph.nodes)}
         self._calls: dict[Node, Call | None] = {}
-        self._writes: dict[int, list[Node]] = {}
+        self._writes: dict[int | None, list[Node]] = {}
         for node in self.graph.nodes:
             for written in _written(node, self.modules):
                 if (storage := _storage(written)) is not None:
@@ -354,7 +354,7 @@ class Facts:
         It is `node` itself, or the last in-place operation on that very tensor. Contents changed through a
         view, an overlapping tensor or an unknown operation are refused.
         """
-        writes = self._writes.get(_storage(node), ()) if self._writes else ()
+        writes = self._writes.get(_storage(node), ())
         between = [w for w in writes if self.position[node] < self.position[w] < self.position[at]]
         if not between:
             return node
@@ -365,7 +365,7 @@ class Facts:
 
     def unchanged(self, node: Node, until: Node) -> bool:
         """Whether `until` still sees the contents that `node` had when it was made."""
-        writes = self._writes.get(_storage(node), ()) if self._writes else ()
+        writes = self._writes.get(_storage(node), ())
         return not any(self.position[node] < self.position[w] < self.position[until] for w in writes)
 
     def replace(self, old: Node, new: list[Node], result: Node) -> None:

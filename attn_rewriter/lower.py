@@ -48,8 +48,8 @@ def _open(node: Node, call: Call, facts: Facts) -> bool:
         args = {name: splice.stand_in(value) for name, value in call.args.items()}
         ndim = tensor(call["query"]).ndim  # type: ignore[union-attr]
         same = call["query"] is call["key"] is call["value"]
-        masks = [tensor(call[name]) for name in ("attn_mask", "key_padding_mask")]
-        result = _attention(args, ndim == 3, same, *masks, splice)
+        attn_mask, key_padding_mask = tensor(call["attn_mask"]), tensor(call["key_padding_mask"])
+        result = _attention(args, ndim == 3, same, attn_mask, key_padding_mask, splice)
         splice.value(result)
     for output in outputs:
         with Splice(facts, output, node) as splice:

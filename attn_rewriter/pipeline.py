@@ -6,7 +6,7 @@ import logging
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.fx import GraphModule
 
@@ -40,7 +40,9 @@ def rewrite(gm: GraphModule, settings: Settings) -> Report:
     sites: list[SiteReport] = []
     for facts in _graphs(gm):
         sites += _rewrite(facts, settings)
-        facts.graph.owning_module.recompile()
+        owner = facts.graph.owning_module
+        assert owner is not None
+        owner.recompile()
     for site in sites:
         log.info("%s", site)
     return Report(tuple(sites), rewrite_seconds=time.perf_counter() - started)
@@ -59,42 +61,35 @@ def _graphs(gm: GraphModule) -> Iterator[Facts]:
 
 def _rewrite(facts: Facts, settings: Settings) -> Iterator[SiteReport]:
     for site in [*find(facts)]:
-        about = {"module": module_path(site.anchor), "source": source(site.anchor)}
+        unread = SiteReport(module_path(site.anchor), source(site.anchor))
         try:
-            yield _rewrite_site(site, facts, settings, about)
+            yield _rewrite_site(site, facts, settings, unread)
         except KernelUnavailable as error:
-            raise KernelUnavailable(f"{_place(about)}: {error}") from None
+            raise KernelUnavailable(f"{unread.place}: {error}") from None
         except Exception as error:
-            message = f"{_place(about)}: {type(error).__name__}: {error}"
+            message = f"{unread.place}: {type(error).__name__}: {error}"
             if settings.strict:
                 raise RewriteError(f"could not rewrite the attention at {message}") from error
             warnings.warn(f"attn_rewriter leaves this attention as it is, after an error at {message}", stacklevel=2)
             log.debug("internal error at %s", message, exc_info=error)
-            refusal = Refusal("internal", f"{type(error).__name__}: {error}", site.anchor)
-            yield SiteReport(**about, refusals=(refusal,))
+            yield replace(unread, refusals=(Refusal("internal", f"{type(error).__name__}: {error}", site.anchor),))
 
 
-def _rewrite_site(site: Site, facts: Facts, settings: Settings, about: dict[str, str]) -> SiteReport:
+def _rewrite_site(site: Site, facts: Facts, settings: Settings, unread: SiteReport) -> SiteReport:
     if site.kind == "mha":
-        refusal = Refusal("lower", obstacle(site.anchor, site.call) or "it could not be opened", site.anchor)
-        return SiteReport(**about, refusals=(refusal,))
+        reason = obstacle(site.anchor, site.call) or "it could not be opened"
+        return replace(unread, refusals=(Refusal("lower", reason, site.anchor),))
     found = describe(site, facts)
     if isinstance(found, Refusal):
-        return SiteReport(**about, refusals=(found,))
+        return replace(unread, refusals=(found,))
     output = tensor(site.output)
     assert output is not None
     device = settings.device or Device.of(output.device)
     choice = choose(found.spec, found.shapes, device, settings.kernel)
-    read = {**about, "spec": found.spec, "shapes": found.shapes}
+    read = replace(unread, spec=found.spec, shapes=found.shapes)
     if isinstance(choice, Refusal):
-        return SiteReport(**read, refusals=(choice,))
-    if settings.dry:
-        return SiteReport(**read, kernel=choice.kernel.name, refusals=choice.refused)
-    emitted = emit(site, found, choice.kernel, device, facts)
+        return replace(read, refusals=(choice,))
+    emitted = emit(site, found, choice.kernel, device, facts) if not settings.dry else None
     if isinstance(emitted, Refusal):
-        return SiteReport(**read, refusals=(*choice.refused, emitted))
-    return SiteReport(**read, kernel=choice.kernel.name, refusals=choice.refused)
-
-
-def _place(about: dict[str, str]) -> str:
-    return " ".join(filter(None, (about["module"] or "the model", f"({about['source']})" if about["source"] else "")))
+        return replace(read, refusals=(*choice.refused, emitted))
+    return replace(read, kernel=choice.kernel.name, refusals=choice.refused)

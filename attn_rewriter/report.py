@@ -23,12 +23,15 @@ class SiteReport:
     kernel: str | None = None
     refusals: tuple[Refusal, ...] = ()
 
+    @property
+    def place(self) -> str:
+        """Module and line."""
+        return (self.module or "the model") + (f" ({self.source})" if self.source else "")
+
     def __str__(self) -> str:
         what = f"{self.spec} [{self.shapes}]" if self.spec is not None else "not read"
         why = "; ".join(map(str, self.refusals))
-        return f"{self.module or 'the model'} ({self.source}): {what} -> {self.kernel or 'eager'}" + (
-            f" ({why})" if why else ""
-        )
+        return f"{self.place}: {what} -> {self.kernel or 'eager'}" + (f" ({why})" if why else "")
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON."""

@@ -21,7 +21,7 @@ from attn_rewriter.spec import Size, same
 class Atom:
     """One axis that no view has cut yet; after a cut, `parts` are its (outer, inner) atoms."""
 
-    __slots__ = ("name", "size", "parts")
+    __slots__ = ("name", "parts", "size")
 
     def __init__(self, size: Size, name: str = "") -> None:
         self.name, self.size = name, size

@@ -180,28 +180,18 @@ class MaskReader:
                 given = facts.argument(node)
                 if given is None or facts.outer is None or facts.caller is None:
                     raise Unreadable("an input of the graph")
-                value = self.read(facts.outer, given, at, facts.caller)
-                if _holds(value, facts.outer.graph):
-                    raise Unreadable("a tensor outside of this graph")
-                return value
+                return self.read(facts.outer, given, at, facts.caller)
             call = facts.call(node)
             rule = _RULES.get(call.name) if call is not None else None
             if call is None or rule is None:
                 raise Unreadable(f"{node.target}")
             return rule(self, facts, node, call, at)
         except (Unreadable, Refused):
-            value = tensor(node)
-            dims = _whole(at, shape(node)) if value is not None and value.dtype == torch.bool else None
-            if dims is None or not facts.unchanged(node, self._end(facts)):
-                raise
+            held = tensor(node)
+            dims = _whole(at, shape(node)) if held is not None and held.dtype == torch.bool else None
+            if dims is None or facts is not self.facts or not facts.unchanged(node, self.until):
+                raise  # a tensor of a graph around this one can't be an operand here
             return TensorMask((node, dims), axes(dims))
-
-    def _end(self, facts: Facts) -> Node:
-        inner = self.facts
-        until = self.until
-        while inner is not facts and inner.outer is not None and inner.caller is not None:
-            inner, until = inner.outer, inner.caller
-        return until
 
     def argument(self, facts: Facts, node: Node, value: Any, at: tuple[Index, ...]) -> Value:
         """An argument of an elementwise operation, broadcast to the coordinates of its result."""
@@ -260,14 +250,6 @@ def _whole(at: tuple[Index, ...], sizes: tuple[Size, ...]) -> Dims | None:
             return None
     atoms = [atom for dim in dims for atom in dim]
     return tuple(dims) if len(atoms) == len(set(atoms)) else None
-
-
-def _holds(value: Value, graph: Any) -> bool:
-    if isinstance(value, Where):
-        return any(_holds(part, graph) for part in (value.condition, value.then, value.otherwise))
-    if isinstance(value, Predicate):
-        return any(isinstance(leaf, TensorMask) for leaf in value.leaves())
-    return False
 
 
 def _kept(value: Value, dtype: torch.dtype) -> Predicate | None:

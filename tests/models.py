@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,7 +141,7 @@ def inputs(name: str, padding: str = "", batch: int = BATCH, length: int = LENGT
     generator = torch.Generator().manual_seed(1)
 
     def tokens() -> torch.Tensor:
-        return torch.randint(3, VOCABULARY, (batch, length), generator=generator)
+        return torch.randint(3, VOCABULARY, (batch, length), generator=generator) * (mask() if padding else 1)
 
     def mask() -> torch.Tensor:
         steps = torch.arange(length) if padding == "right" else torch.arange(length).flip(0)

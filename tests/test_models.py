@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,11 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from accuracy import assert_as_accurate, error, rounding_unit
-from models import ARCHITECTURES, LENGTH, NothingNarrowed, build, inputs
 from torch.overrides import TorchFunctionMode
 
 import attn_rewriter
+from tests.accuracy import assert_as_accurate, error, rounding_unit
+from tests.models import ARCHITECTURES, NothingNarrowed, build, inputs
 
 transformers.logging.set_verbosity_error()
 

@@ -10,7 +10,6 @@ from tests.accuracy import assert_as_accurate
 from tests.running import joined, rewritten, truth, with_gradients
 from tests.spellings import SPELLINGS, Spelling
 
-
 DRAWS = 4  # errors are compared over several draws of the inputs: a few elements' error is mostly luck
 
 
