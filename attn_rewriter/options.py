@@ -67,9 +67,9 @@ class Options:
         """
         given = dict(options or {})
         own = {name: given.pop(name) for name in own_names() if name in given}
-        return cls(**own, mode=own.pop("mode", mode), compiler_options=given)
+        return cls(**{"mode": mode, **own}, compiler_options=given)
 
 
 def own_names() -> tuple[str, ...]:
     """The names of the options that are this package's own."""
-    return tuple(f.name for f in fields(Options) if f.name not in ("compiler_options", "mode"))
+    return tuple(f.name for f in fields(Options) if f.name != "compiler_options")

@@ -1,0 +1,433 @@
+"""The ways in, what bad input gets, and what stays visible."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import textwrap
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import attn_rewriter
+from attn_rewriter import Backend, Device, Options, RewriteError
+from attn_rewriter.kernels import KERNELS, Kernel
+
+
+class Attention(nn.Module):
+    """Causal self-attention as in a hundred repositories."""
+
+    def __init__(self, width: int = 32, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
+        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+        weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).flatten(2))
+
+
+class Model(nn.Module):
+    """Two of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Attention(), Attention()])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Any:
+    torch._dynamo.reset()
+    yield
+    attn_rewriter.unpatch()
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return Model()
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(2, 16, 32)
+
+
+def python(code: str, *args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", textwrap.dedent(code), *args]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=600)
+
+
+def test_torch_compile_finds_the_backend_with_nothing_imported() -> None:
+    done = python("""
+        import sys, torch, torch.nn.functional as F, logging
+        def attention(q, k, v): return (q @ k.mT).softmax(-1) @ v
+        assert "attn_rewriter" not in sys.modules
+        f = torch.compile(attention, backend="attn_rewriter", options={"compiler": "eager"}, fullgraph=True)
+        logging.basicConfig(level=logging.INFO)
+        q = torch.randn(1, 2, 3, 4)
+        torch.testing.assert_close(f(q, q, q), attention(q, q, q))
+    """)
+    assert done.returncode == 0, done.stderr
+    assert "INFO:attn_rewriter:" in done.stderr and "-> sdpa" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"mode": "default"},
+        {"mode": "reduce-overhead"},
+        {"options": {"kernel": "sdpa", "epilogue_fusion": True}},
+        {"options": {"kernel": "sdpa", "mode": "reduce-overhead"}},
+    ],
+    ids=str,
+)
+def test_inductor_takes_mode_and_options(given: dict[str, Any], model: nn.Module, x: torch.Tensor) -> None:
+    compiled = torch.compile(model, backend="attn_rewriter", dynamic=True, **given)
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_optimize_works_in_place(model: nn.Module, x: torch.Tensor) -> None:
+    expected, names = model(x), list(model.state_dict())
+    optimised = attn_rewriter.optimize(model)
+    assert optimised is model
+    torch.testing.assert_close(model(x), expected)
+    assert list(model.state_dict()) == names
+    report = attn_rewriter.report_of(model)
+    assert (report.n_fused, report.n_sites) == (2, 2)
+    assert [site.module for site in report.sites] == ["layers.0", "layers.1"]
+    assert 0 < report.rewrite_seconds < 10
+
+
+def test_optimize_takes_a_function(x: torch.Tensor) -> None:
+    def attention(q: torch.Tensor) -> torch.Tensor:
+        return (q @ q.mT).softmax(-1) @ q
+
+    compiled = attn_rewriter.optimize(attention, compiler="eager")
+    torch.testing.assert_close(compiled(x), attention(x))
+    assert attn_rewriter.report_of(compiled).n_fused == 1
+
+
+def test_compiler_may_be_a_callable(model: nn.Module, x: torch.Tensor) -> None:
+    seen = []
+
+    def compiler(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        seen.append(gm)
+        return gm.forward
+
+    attn_rewriter.optimize(model, compiler=compiler)(x)
+    (gm,) = seen
+    fused = [node for node in gm.graph.nodes if node.meta.get("attn_rewriter") == "sdpa"]
+    assert [node.target for node in fused] == [F.scaled_dot_product_attention] * 2
+    for node in fused:  # where people look for them
+        assert "tests/test_ways_in.py" in node.meta["stack_trace"]
+        assert node.meta["nn_module_stack"]
+        assert node.kwargs["is_causal"] is True
+    assert not any(node.target == "softmax" for node in gm.graph.nodes)
+
+
+def test_explain_leaves_the_model_alone(model: nn.Module, x: torch.Tensor) -> None:
+    report = attn_rewriter.explain(model, x)
+    assert (report.n_fused, report.n_sites) == (2, 2)
+    assert model._compiled_call_impl is None
+    site = report.sites[0]
+    assert str(site.spec) == "scale 0.3536, causal"
+    path, _, line = site.source.rpartition(":")
+    assert path == __file__ and "weights @ v" in Path(path).read_text().splitlines()[int(line)] + "weights @ v"
+    text = str(report)
+    assert "2 of 2 attention sites fused" in text and "causal" in text and "sdpa" in text
+    assert json.loads(json.dumps(report.to_dict()))["n_fused"] == 2
+
+
+def test_explain_can_be_asked_often(model: nn.Module, x: torch.Tensor) -> None:
+    """Dynamo stops after a number of compilations of the same code; a report must not run into that."""
+    for _ in range(12):
+        assert attn_rewriter.explain(model, x).n_sites == 2
+
+
+def test_explain_imagines_a_device(model: nn.Module, x: torch.Tensor) -> None:
+    for device in ("sm_80", "sm_90", "cpu", "mps", Device("cuda", (10, 0))):
+        assert attn_rewriter.explain(model, x, device=device).n_fused == 2
+
+
+def test_explain_on_the_meta_device(model: nn.Module, x: torch.Tensor) -> None:
+    assert attn_rewriter.explain(model.to("meta"), x.to("meta"), device="sm_90").n_fused == 2
+
+
+def test_patch_reaches_other_peoples_compile(model: nn.Module, x: torch.Tensor) -> None:
+    original = torch.compile
+    with attn_rewriter.patch(compiler="eager") as patched:
+        torch.testing.assert_close(torch.compile(model)(x), model(x))
+        assert patched.report.n_fused == 2
+        model.compile()
+        model(x)
+        assert patched.report.n_fused == 4
+    assert torch.compile is original
+    attn_rewriter.patch()
+    assert torch.compile is not original
+    attn_rewriter.unpatch()
+    attn_rewriter.unpatch()
+    assert torch.compile is original
+
+
+def test_patch_leaves_other_backends_alone(model: nn.Module, x: torch.Tensor) -> None:
+    with attn_rewriter.patch() as patched:
+        torch.compile(model, backend="eager")(x)
+    assert patched.report.n_sites == 0
+
+
+@pytest.mark.parametrize("imported", ["before", "after"])
+def test_patch_reaches_models_of_transformers(imported: str, tmp_path: Path) -> None:
+    done = python(
+        """
+        import sys, torch, attn_rewriter
+        if sys.argv[1] == "before": from transformers import modeling_utils
+        patched = attn_rewriter.patch(compiler="eager")
+        import transformers
+        config = transformers.BertConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                         num_attention_heads=4, vocab_size=99)
+        ids = torch.randint(0, 99, (2, 9))
+        model = transformers.AutoModel.from_config(config, attn_implementation="eager").eval()
+        model(ids)
+        assert patched.report.n_fused == 2, patched.report
+        model.save_pretrained(sys.argv[2])
+        again = transformers.AutoModel.from_pretrained(sys.argv[2], attn_implementation="eager")
+        torch.testing.assert_close(again(ids)[0], model(ids)[0])
+        assert patched.report.n_fused == 4, patched.report
+        attn_rewriter.unpatch()
+        model = transformers.AutoModel.from_config(config)
+        assert model._compiled_call_impl is None
+        """,
+        imported,
+        str(tmp_path),
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_run_runs_an_unmodified_script(tmp_path: Path) -> None:
+    (tmp_path / "helper.py").write_text("WIDTH = 4\n")
+    (tmp_path / "script.py").write_text(
+        textwrap.dedent("""
+        import sys, torch
+        from helper import WIDTH
+
+        @torch.compile
+        def attention(q):
+            return (q @ q.mT).softmax(-1) @ q
+
+        if __name__ == "__main__":
+            print(attention(torch.ones(1, 2, 3, WIDTH)).shape, sys.argv[1:])
+            sys.exit(3)
+        """)
+    )
+    command = [sys.executable, "-m", "attn_rewriter", "run", "--compiler", "eager", str(tmp_path / "script.py"), "-x", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 3
+    assert "torch.Size([1, 2, 3, 4]) ['-x', '1']" in done.stdout
+    assert "1 of 1 attention sites fused" in done.stderr
+
+
+def test_run_says_that_there_is_no_script(capsys: pytest.CaptureFixture[str]) -> None:
+    from attn_rewriter.cli import main
+
+    assert main(["run", "nowhere.py"]) == 2
+    assert "no script 'nowhere.py'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", [[], ["--device", "sm_90"], ["--device", "sm_75"]])
+def test_doctor(device: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    from attn_rewriter.cli import main
+
+    assert main(["doctor", *device]) == 0
+    said = capsys.readouterr().out
+    assert torch.__version__.partition("+")[0] in said and "sdpa" in said
+    assert device == [] or device[1] in said
+
+
+# -- bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"kernel": "flash9"}, "'sdpa'"),
+        ({"kernel": ["sdpa", "flash9"]}, "unknown kernel 'flash9'"),
+        ({"kernel": []}, "no kernel is named"),
+        ({"compiler": "gcc"}, "inductor"),
+        ({"compiler": "attn_rewriter"}, "inductor"),
+        ({"mode": "fastest"}, "reduce-overhead"),
+        ({"options": {"kernle": "sdpa"}}, "kernel, compiler, strict, mode"),
+    ],
+)
+def test_unknown_names_raise_with_the_valid_ones(options: dict[str, Any], named: str, model: nn.Module) -> None:
+    with pytest.raises(ValueError, match="unknown|no kernel") as error:
+        attn_rewriter.optimize(model, **options)
+    assert named in str(error.value)
+
+
+def test_unknown_options_raise_from_torch_compile_too(model: nn.Module, x: torch.Tensor) -> None:
+    with pytest.raises(Exception, match="unknown option 'kernle'"):
+        torch.compile(model, backend="attn_rewriter", options={"kernle": "sdpa"})(x)
+
+
+@pytest.mark.parametrize("entry", [attn_rewriter.optimize, attn_rewriter.explain])
+@pytest.mark.parametrize("what", ["gpt2", None, 3])
+def test_what_is_no_model_raises(entry: Any, what: Any) -> None:
+    with pytest.raises(TypeError, match=r"expected a torch.nn.Module or a function"):
+        entry(what)
+
+
+def test_unknown_device_raises(model: nn.Module, x: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="unknown device 'h200'.*'sm_90'"):
+        attn_rewriter.explain(model, x, device="h200")
+
+
+def test_report_of_a_stranger_raises(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match="optimize"):
+        attn_rewriter.report_of(model)
+
+
+class Picky(Kernel):
+    """A stand-in for a kernel with limits."""
+
+    name = "picky"
+    limits = attn_rewriter.kernels.Limits(
+        devices=frozenset({"cuda"}), min_capability=(9, 0), dtypes=frozenset({torch.bfloat16}), max_head_dim=4
+    )
+
+
+@pytest.fixture
+def picky(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(KERNELS, "picky", Picky())
+
+
+def test_a_kernel_asked_for_by_name_never_falls_back(model: nn.Module, x: torch.Tensor, picky: None) -> None:
+    attn_rewriter.optimize(model, kernel="picky")
+    with pytest.raises(Exception, match="no requested kernel") as error:
+        model(x)
+    said = str(error.value)
+    assert "KernelUnavailable" in said and __file__ in said
+    for reason in ("runs on cuda, not on cpu", "computes in bfloat16, not in float32", "head_dim is at most 4, here 8"):
+        assert reason in said
+
+
+def test_a_list_of_kernels_is_an_order(model: nn.Module, x: torch.Tensor, picky: None) -> None:
+    attn_rewriter.optimize(model, kernel=["picky", "sdpa"], compiler="eager")(x)
+    site = attn_rewriter.report_of(model).sites[0]
+    assert site.kernel == "sdpa"
+    assert [refusal.reason for refusal in site.refusals][0] == "picky: runs on cuda, not on cpu"
+
+
+def test_limits_by_capability() -> None:
+    from attn_rewriter.spec import Shapes
+
+    shapes = Shapes(1, 1, 1, 8, 8, 4, 4, torch.bfloat16)
+    assert Picky.limits.refusals(shapes, Device.parse("sm_90")) == []
+    assert Picky.limits.refusals(shapes, Device.parse("sm_80")) == ["needs sm_90 or newer, this is sm_80"]
+
+
+# -- when something goes wrong inside -------------------------------------------------------------------------------
+
+
+class Broken(Kernel):
+    """Fails after it has put operations into the graph."""
+
+    name = "broken"
+
+    def __call__(self, spec: Any, shapes: Any, device: Any, tensors: Any) -> Any:
+        tensors["query"].mul(2).exp()
+        raise RuntimeError("out of luck")
+
+
+def test_an_internal_error_leaves_the_site_as_it_is(model: nn.Module, x: torch.Tensor, monkeypatch: Any) -> None:
+    monkeypatch.setitem(KERNELS, "broken", Broken())
+    expected = model(x)
+    attn_rewriter.optimize(model, kernel=["broken"], compiler="eager")
+    with pytest.warns(UserWarning, match="out of luck") as caught:
+        result = model(x)
+    assert torch.equal(result, expected)
+    assert len([w for w in caught if "attn_rewriter" in str(w.message)]) == 2
+    assert all(f"{__file__}:" in str(w.message) for w in caught if "attn_rewriter" in str(w.message))
+    site = attn_rewriter.report_of(model).sites[0]
+    assert site.kernel is None and "out of luck" in site.refusals[0].reason
+
+
+def test_strict_raises_instead(model: nn.Module, x: torch.Tensor, monkeypatch: Any) -> None:
+    monkeypatch.setitem(KERNELS, "broken", Broken())
+    attn_rewriter.optimize(model, kernel=["broken"], compiler="eager", strict=True)
+    with pytest.raises(Exception, match="could not rewrite the attention at .*out of luck") as error:
+        model(x)
+    assert "RewriteError" in str(error.value) or isinstance(error.value, RewriteError)
+
+
+def test_what_is_not_attention_is_bit_identical(x: torch.Tensor) -> None:
+    def router(x: torch.Tensor) -> torch.Tensor:
+        return (x @ x.mT).softmax(-1).topk(2).values
+
+    backend = Backend(Options(compiler="eager"))
+    assert torch.equal(torch.compile(router, backend=backend)(x), router(x))
+    assert backend.report.n_sites == 0
+    assert str(backend.report) == "no attention site was found"
+
+
+# -- caches ---------------------------------------------------------------------------------------------------------
+
+
+def test_caches_are_used_and_never_mix_options(tmp_path: Path) -> None:
+    """A second process takes the compiled graph from the caches; one with another kernel does not."""
+    code = """
+        import os, sys, torch
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = sys.argv[2]
+        from torch._dynamo.utils import counters
+        def attention(q, k, v): return ((q @ k.mT) * 0.5).softmax(-1) @ v
+        options = {"kernel": sys.argv[1]} if sys.argv[1] != "none" else {}
+        backend = "inductor" if sys.argv[1] == "none" else "attn_rewriter"
+        torch.manual_seed(0)
+        q = torch.randn(1, 2, 16, 8, requires_grad=True)
+        compiled = torch.compile(attention, backend=backend, options=options)
+        out = compiled(q, q, q)
+        out.sum().backward()
+        torch.testing.assert_close(out, attention(q, q, q))
+        print(counters["aot_autograd"]["autograd_cache_hit"], counters["aot_autograd"]["autograd_cache_miss"])
+    """
+    runs = [python(code, kernel, str(tmp_path)) for kernel in ("sdpa", "sdpa", "reference", "none", "sdpa")]
+    assert all(run.returncode == 0 for run in runs), runs
+    assert [run.stdout.split() for run in runs] == [["0", "1"], ["1", "0"], ["0", "1"], ["0", "1"], ["1", "0"]]
+
+
+def test_another_option_in_the_same_process_compiles_anew(model: nn.Module, x: torch.Tensor) -> None:
+    kernels = []
+    for kernel in ("sdpa", "reference", "sdpa"):
+        attn_rewriter.optimize(model, kernel=kernel, compiler="eager")(x)
+        kernels.append(attn_rewriter.report_of(model).sites[0].kernel)
+    assert kernels == ["sdpa", "reference", "sdpa"]
+
+
+def test_logging_names_site_and_kernel(model: nn.Module, x: torch.Tensor, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="attn_rewriter"):
+        attn_rewriter.optimize(model, compiler="eager")(x)
+    said = [record.getMessage() for record in caplog.records if record.name == "attn_rewriter"]
+    assert len(said) == 2
+    assert said[0].startswith("layers.0 (") and __file__ in said[0] and said[0].endswith("-> sdpa")
+
+
+def test_nothing_is_said_when_all_goes_well(model: nn.Module, x: torch.Tensor) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*attn_rewriter.*")
+        attn_rewriter.optimize(model, compiler="eager")(x)
+
+
