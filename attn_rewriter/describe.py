@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from attn_rewriter.errors import Refusal, Refused, refuse
 from attn_rewriter.find import Site
-from attn_rewriter.graph import Call, Facts, describe_node, looks_at_shape_only, shape, tensor
+from attn_rewriter.graph import Call, Facts, describe_node, is_inplace, looks_at_shape_only, shape, tensor
 from attn_rewriter.patterns.axes import Atom, Dim, Dims, backward, extent, fresh, leaves
 from attn_rewriter.patterns.masks import MaskReader
 from attn_rewriter.patterns.match import Matcher
@@ -83,6 +83,8 @@ class Description:
 def describe(site: Site, facts: Facts) -> Description | Refusal:
     """Read a site, or say why it can't be read."""
     try:
+        if facts.is_transformed(site.output):
+            refuse("describe", "the attention is inside a transform of torch.func", site.output)
         reading = _Reading(site, facts)
         return reading.sdpa() if site.kind == "sdpa" else reading.softmax()
     except Refused as refused:
@@ -265,6 +267,8 @@ class _Reading:
         if len(nodes) > self.depth:
             self.depth = len(nodes)
             self.refusal = Refusal("describe", f"no rule reads {describe_node(node)} at this place", node)
+        if (held := tensor(node)) is not None and not held.is_floating_point():
+            return  # rounded to integers
         into = backward(call, node, dims) if call is not None else None
         if into is not None and call is not None:
             source = self.facts.current(call["input"], node)
@@ -283,8 +287,15 @@ class _Reading:
         return len(shape(a)) == len(shape(b)) and all(map(same, shape(a), shape(b)))
 
     def _check_interior(self, late: Sequence[Node], early: Sequence[Node]) -> None:
-        """Everything between the score product and the output must serve this attention alone."""
-        inside = {*late, *early, self.site.output}
+        """Everything between the score product and the output must serve this attention alone, and run as the fused
+        call will."""
+        nodes = (*late, *early, self.site.output)
+        inside = set(nodes)
+        for node in nodes:
+            if self.facts.region(node) != self.facts.region(self.site.output):
+                refuse("describe", "a part of the attention runs in another grad mode, autocast or context", node)
+            if is_inplace(node) and node.args[:1] and node.args[0] not in inside:
+                refuse("describe", f"{describe_node(node)} writes into a tensor from outside of the attention", node)
         for node in (*late, *early):
             for user in node.users:
                 if user not in inside and not looks_at_shape_only(user):

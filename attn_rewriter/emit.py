@@ -25,14 +25,21 @@ def emit(site: Site, found: Description, kernel: Kernel, device: Device, facts: 
     expected = tensor(output)
     assert expected is not None
     try:
+        autocast = facts.autocast(output, expected.device.type)
+        if autocast is not None and found.shapes.dtype not in (autocast, torch.float64):
+            refuse("emit", f"autocast would compute in {autocast} what needs {found.shapes.dtype}", output)
         with Splice(facts, output, site.anchor) as splice:
             result = kernel(found.spec, found.shapes, device, _Operands(found, splice))
             fused: Node = result.node  # type: ignore[attr-defined]
             result = arrange(result, plan(found.layout.of("output"), found.output), splice)
             result = splice.as_type(result, expected.dtype)
             _check(splice.value(result), expected)
-            if not _interchangeable(splice.value(result), output):
-                result = result.contiguous()
+            if not _interchangeable(splice.value(result), output, facts):
+                result = _in_memory_as(expected, result)
+                if not _strides_agree(splice.value(result), expected):
+                    refuse("emit", "the model's output lies in memory in a way that can't be made", output)
+            if expected.requires_grad and not facts.unchanged(output):
+                result = result.clone()  # a kernel keeps its output for its backward pass
             splice.replace(output, result, found.interior)
     except Refused as refused:
         return refused.refusal
@@ -96,31 +103,53 @@ _VIEWS = {"permute", "transpose", "reshape", "copy", "getitem"}
 _BLIND = {"matmul", "baddbmm"}  # products do not show how their arguments lie in memory
 
 
-def _interchangeable(new: torch.Tensor, old: Node) -> bool:
+def _strides_agree(new: torch.Tensor, old: torch.Tensor) -> bool:
+    layouts = zip(new.shape, new.stride(), old.stride())
+    return all(size(n) == 1 or same(size(a), size(b)) for n, a, b in layouts)
+
+
+def _interchangeable(new: torch.Tensor, old: Node, facts: Facts, *, alone: bool = True) -> bool:
     """Whether nothing downstream of `old` can tell that `new` may lie otherwise in memory.
 
     Views are followed to where the strides agree again, as after `transpose(1, 2).contiguous()`. Whatever else sees
     other strides (a `view` that would raise, an output of the graph, an elementwise operation that passes them on)
-    can tell.
+    can tell. So can whoever writes into what was a copy and now is a view, or has two of them (not `alone`).
     """
     reference = tensor(old)
     if reference is None:
         return False
-    layouts = zip(new.shape, new.stride(), reference.stride())
-    if all(size(n) == 1 or same(size(a), size(b)) for n, a, b in layouts):
+    if _strides_agree(new, reference):
         return True
+    alone = alone and len(old.users) == 1
     for user in old.users:
         found = call(user)
         if (found is not None and found.name in _BLIND) or getattr(user.target, "__name__", "") == "linear":
             continue
-        if found is None or found.name not in _VIEWS or user.args[:1] != (old,) or tensor(user) is None:
+        expected = tensor(user)
+        if found is None or found.name not in _VIEWS or user.args[:1] != (old,) or expected is None:
             return False
+        mode = getattr(new, "fake_mode", None)
         try:
-            seen = run(
-                user, getattr(new, "fake_mode", None), lambda node: new if node is old else node.meta["example_value"]
-            )
+            seen = run(user, mode, lambda node: new if node is old else node.meta["example_value"])
         except (RuntimeError, ValueError):
             return False
-        if not _interchangeable(seen, user):
+        if not _interchangeable(seen, user, facts, alone=alone):
+            return False
+        if _shares(seen, new) != _shares(expected, reference) and not (alone and facts.unchanged(user)):
             return False
     return True
+
+
+def _shares(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
+def _in_memory_as(expected: torch.Tensor, result: Any) -> Any:
+    """Lay a stand-in out in memory with its dimensions in the same order as another tensor's."""
+    strides = [size(stride) for stride in expected.stride()]
+    order = [*range(len(strides))]
+    if all(isinstance(stride, int) for stride in strides):
+        order.sort(key=lambda i: -strides[i])
+    if order == sorted(order):
+        return result.contiguous()
+    return result.permute(order).contiguous().permute([order.index(i) for i in range(len(order))])

@@ -6,13 +6,14 @@ spelling reads as the functional one; `Facts.current` says which node holds a te
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -133,10 +134,9 @@ class _Signature:
         return bound
 
 
-def _parse_operations(text: str) -> tuple[dict[Any, _Signature], dict[str, _Signature], set[Any]]:
+def _parse_operations(text: str) -> tuple[dict[Any, _Signature], dict[str, _Signature]]:
     functions: dict[Any, _Signature] = {}
     methods: dict[str, _Signature] = {}
-    inplace: set[Any] = set()
     for row in text.strip().splitlines():
         head, _, spellings = row.partition("): ")
         name, _, parameters = head.partition("(")
@@ -155,11 +155,10 @@ def _parse_operations(text: str) -> tuple[dict[Any, _Signature], dict[str, _Sign
             augmented = getattr(operator, "i" + path.rstrip("_"), None) if namespace == "operator" else None
             if augmented is not None:
                 functions[augmented] = signature
-                inplace.add(augmented)
-    return functions, methods, inplace
+    return functions, methods
 
 
-_FUNCTIONS, _METHODS, _INPLACE_FUNCTIONS = _parse_operations(_OPERATIONS)
+_FUNCTIONS, _METHODS = _parse_operations(_OPERATIONS)
 _PURE_EXCEPT = {"dropout", "getattr"}
 
 # Higher-order operators that call their body once, each body input being one of the operator's last arguments.
@@ -218,7 +217,9 @@ def call(node: Any) -> Call | None:
     if node.op == "call_method":
         signature = _METHODS.get(str(node.target))
     elif node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
-        signature = _METHODS.get(node.target.overloadpacket.__name__)
+        # An operator is called like the function of its name. Someone else's operators may be called anything.
+        name = _name(node) if node.target.namespace == "aten" else ""
+        signature = _FUNCTIONS.get(getattr(torch, name, None)) or _METHODS.get(name)
     elif node.op == "call_function":
         signature = _FUNCTIONS.get(node.target)
     else:
@@ -260,20 +261,37 @@ def _normalise(found: Call, node: Node) -> Call | None:
     return found
 
 
+_AUGMENTED = frozenset(
+    "iadd iand ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor setitem".split()  # noqa: SIM905
+)
+
+
+def _name(node: Node) -> str:
+    """The name of a node's operation, without an overload's."""
+    if node.op == "call_method":
+        return str(node.target)
+    packet = getattr(node.target, "overloadpacket", node.target)
+    return getattr(packet, "__name__", "")
+
+
 def is_inplace(node: Node) -> bool:
     """Whether a node writes into its first argument."""
-    if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
-    if node.op != "call_function":
+    if node.op not in ("call_function", "call_method"):
         return False
-    name, module = getattr(node.target, "__name__", ""), getattr(node.target, "__module__", "")
-    return (
-        node.target in _INPLACE_FUNCTIONS
-        or node.target is operator.setitem
-        or node.kwargs.get("inplace") is True
-        or (node.target in (F.dropout, F.relu) and True in node.args[3:])
-        or (name.endswith("_") and not name.endswith("__") and module not in ("_operator", "operator"))
-    )
+    name = _name(node)
+    if name.strip("_") in _AUGMENTED:  # `operator.iadd`, `x.__iadd__`
+        return True
+    if name.endswith("_") and not name.endswith("__"):
+        return getattr(node.target, "__module__", "") != "_operator"  # `operator.and_`
+    return node.kwargs.get("inplace") is True or (any(a is True for a in node.args) and _says_inplace(node))
+
+
+def _says_inplace(node: Node) -> bool:
+    """Whether one of a node's positional arguments is `inplace=True`, as in `F.relu(x, True)`."""
+    try:
+        return inspect.signature(node.target).bind_partial(*node.args).arguments.get("inplace") is True  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # a builtin has no signature
+        return False
 
 
 def is_pure(node: Node) -> bool:
@@ -294,20 +312,19 @@ def looks_at_shape_only(node: Node) -> bool:
     return found.name in _SHAPE_ONLY or (found.name in _SELECTING and all(map(looks_at_shape_only, node.users)))
 
 
-def _written(node: Node, modules: dict[str, Any]) -> list[Any]:
+def _written(node: Node, modules: dict[str, Any]) -> list[Node]:
     """The arguments whose contents a node may change."""
     if node.op not in ("call_function", "call_method"):
         return []
-    if "out" in node.kwargs:
-        out = node.kwargs["out"]
-        return list(out) if isinstance(out, (tuple, list)) else [out]
-    if is_inplace(node):
-        return [node.args[0] if node.args else node.kwargs.get("input")]
     target = node.target
+    if "out" in node.kwargs:
+        return _nodes(node.kwargs["out"])
+    if is_inplace(node):
+        return _nodes(node.args[0] if node.args else node.kwargs.get("input"))
     if isinstance(target, torch._ops.OpOverload):
-        named = list(zip((a.name for a in target._schema.arguments), node.args)) + list(node.kwargs.items())
-        written = {a.name for a in target._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
-        return [value for name, value in named if name in written]
+        return _written_by(target, node)
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return [x for name in target.overloads() for x in _written_by(getattr(target, name), node)]
     if isinstance(target, torch._ops.HigherOrderOperator):
         bodies = [modules.get(str(a.target)) for a in node.all_input_nodes if a.op == "get_attr"]
         writes = any(_writes(body) for body in bodies if isinstance(body, GraphModule))
@@ -315,9 +332,24 @@ def _written(node: Node, modules: dict[str, Any]) -> list[Any]:
     module = getattr(target, "__module__", None) or ""
     trusted = ("torch", "_operator", "operator", "builtins", "math", "einops")
     if node.op == "call_function" and module.split(".")[0] not in trusted and target not in _FUNCTIONS:
-        builtin = type(target).__name__ in ("builtin_function_or_method", "method_descriptor", "OpOverloadPacket")
+        builtin = type(target).__name__ in ("builtin_function_or_method", "method_descriptor")
         return [] if builtin else node.all_input_nodes
-    return []
+    # An object that is called, as Dynamo does for NumPy's methods, may do anything.
+    return [] if _name(node) else node.all_input_nodes
+
+
+def _written_by(overload: torch._ops.OpOverload, node: Node) -> list[Node]:
+    """The arguments that an operator's schema says it writes into."""
+    arguments = overload._schema.arguments
+    given = dict(zip((a.name for a in arguments if not a.kwarg_only), node.args)) | node.kwargs
+    return _nodes([given.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write])
+
+
+def _nodes(argument: Any) -> list[Node]:
+    """The nodes in an argument, which may be a list of them."""
+    found: list[Node] = []
+    torch.fx.map_arg(argument, found.append)
+    return found
 
 
 def _writes(body: GraphModule) -> bool:
@@ -325,20 +357,45 @@ def _writes(body: GraphModule) -> bool:
     return any(_written(node, modules) for node in body.graph.nodes)
 
 
+class Region(NamedTuple):
+    """What a node runs under: gradients on or off (None where that is not known), and the contexts that the graph has
+    entered and not left, the innermost last: autocast, inference mode, the transforms of `torch.func`."""
+
+    grad: bool | None
+    contexts: tuple[Node, ...] = ()
+
+    def after(self, node: Node) -> Region:
+        """The region of the next node."""
+        name = _name(node)
+        if name == "_set_grad_enabled":
+            return Region(bool(node.args[0]), self.contexts)
+        if name.startswith("_enter_") or name.endswith("_increment_nesting"):
+            return Region(self.grad, (*self.contexts, node))
+        if name.startswith("_exit_") or name.endswith("_decrement_nesting"):
+            return Region(self.grad, self.contexts[:-1])
+        return self
+
+
 @dataclass
 class Facts:
-    """What the stages ask of one graph, found out once. `outer` and `caller` lead from a body to its call."""
+    """What the stages ask of one graph, found out once. `outer` and `caller` lead from a body to its call; where it
+    has several (not `single`) its inputs are not known from one of them."""
 
     graph: Graph
     modules: dict[str, Any] = field(default_factory=dict)
     outer: Facts | None = None
     caller: Node | None = None
+    single: bool = True
 
     def __post_init__(self) -> None:
         self.position = {node: i for i, node in enumerate(self.graph.nodes)}
         self._calls: dict[Node, Call | None] = {}
         self._writes: dict[int | None, list[Node]] = {}
+        self._regions: dict[Node, Region] = {}
+        region = self._start()
         for node in self.graph.nodes:
+            self._regions[node] = region
+            region = region.after(node)
             for written in _written(node, self.modules):
                 if (storage := _storage(written)) is not None:
                     self._writes.setdefault(storage, []).append(node)
@@ -347,6 +404,31 @@ class Facts:
         if node not in self._calls:
             self._calls[node] = call(node)
         return self._calls[node]
+
+    def _start(self) -> Region:
+        if self.outer is None or self.caller is None:
+            return Region(torch.is_grad_enabled())
+        around = self.outer.region(self.caller)
+        return around if self.single else Region(None, around.contexts)
+
+    def region(self, node: Node) -> Region:
+        """What a node runs under. What is computed under another region may have other gradients, or another type."""
+        return self._regions[node]
+
+    def autocast(self, node: Node, device: str) -> torch.dtype | None:
+        """The type that autocast gives the operands of a product at a node; None where it is off."""
+        for context in reversed(self.region(node).contexts):
+            if _name(context) == "_enter_autocast" and context.args[0] == device:
+                _, dtype, enabled, *_ = context.args
+                return (dtype or torch.get_autocast_dtype(device)) if enabled else None  # type: ignore[return-value]
+        on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        return torch.get_autocast_dtype(device) if on else None
+
+    def is_transformed(self, node: Node) -> bool:
+        """Whether a node runs under a transform of `torch.func`, which may want what fused kernels don't have: another
+        derivative of the backward pass, forward derivatives, a batch rule."""
+        names = map(_name, self.region(node).contexts)
+        return any(name.endswith("_nesting") or name == "_enter_dual_level" for name in names)
 
     def current(self, node: Node, at: Node) -> Node:
         """The node that holds, just before `at` runs, the contents of the tensor that `node` returned.
@@ -363,21 +445,22 @@ class Facts:
                 refuse("describe", f"{node} is modified in place by {describe_node(write)} before it is used", write)
         return between[-1]
 
-    def unchanged(self, node: Node, until: Node) -> bool:
-        """Whether `until` still sees the contents that `node` had when it was made."""
-        writes = self._writes.get(_storage(node), ())
-        return not any(self.position[node] < self.position[w] < self.position[until] for w in writes)
+    def unchanged(self, node: Node, until: Node | None = None) -> bool:
+        """Whether `until`, or the end of the graph, still sees the contents that `node` had when it was made."""
+        end = self.position[until] if until is not None else math.inf
+        return not any(self.position[node] < self.position[w] < end for w in self._writes.get(_storage(node), ()))
 
     def replace(self, old: Node, new: list[Node], result: Node) -> None:
         """`result`, one of the `new` nodes that were inserted before `old`, takes its place."""
         self.position.update(dict.fromkeys(new, self.position[old]))
+        self._regions.update(dict.fromkeys(new, self._regions[old]))
         for user in old.users:
             self._calls.pop(user, None)
         old.replace_all_uses_with(result)
 
     @cached_property
     def _arguments(self) -> dict[Node, Node]:
-        if self.caller is None or self.outer is None:
+        if self.caller is None or not self.single:
             return {}
         placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
         given: list[Any] = []
@@ -396,13 +479,9 @@ class Facts:
                 calls.setdefault(str(node.target), []).extend(node.users)
         for name, users in calls.items():
             body = self.modules[name]
-            single = len(users) == 1 and getattr(users[0].target, "__name__", "") in _TRANSPARENT
-            yield Facts(
-                body.graph,
-                dict(body.named_children()),
-                self if single else None,
-                users[0] if single else None,
-            )
+            single = len(users) == 1 and _name(users[0]) in _TRANSPARENT
+            if users:
+                yield Facts(body.graph, dict(body.named_children()), self, users[0], single)
 
 
 def _storage(node: Any) -> int | None:
@@ -414,8 +493,9 @@ def _storage(node: Any) -> int | None:
 
 
 def _same_view(a: Node, b: Node) -> bool:
+    """Whether two nodes stand for the same elements of the same tensor, and gradients flow alike through both."""
     x, y = tensor(a), tensor(b)
-    if x is None or y is None:
+    if x is None or y is None or _storage(a) != _storage(b) or x.requires_grad != y.requires_grad:
         return False
     sizes = [(size(m), size(n)) for m, n in zip((*x.shape, *x.stride()), (*y.shape, *y.stride()))]
     return (

@@ -54,7 +54,7 @@ def _graphs(gm: GraphModule) -> Iterator[Facts]:
     while queue:
         facts = queue.pop()
         if lower(facts):
-            facts = Facts(facts.graph, facts.modules, facts.outer, facts.caller)
+            facts = Facts(facts.graph, facts.modules, facts.outer, facts.caller, facts.single)
         queue += facts.bodies()
         yield facts
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -63,10 +63,19 @@ class Splice:
         for node in self.nodes:
             if "example_value" not in node.meta:
                 node.meta.update({key: self.origin.meta[key] for key in _ORIGIN if key in self.origin.meta})
-                node.meta["example_value"] = run(node, self.mode)
+                with self._autocast():
+                    node.meta["example_value"] = run(node, self.mode)
         held = proxy.node.meta["example_value"]
         assert isinstance(held, torch.Tensor)
         return held
+
+    def _autocast(self) -> ExitStack:
+        """The autocast regions of the graph that this place is in."""
+        stack = ExitStack()
+        for context in self.facts.region(self.before).contexts:
+            if context.target is torch.amp.autocast_mode._enter_autocast:
+                stack.enter_context(torch.autocast(*context.args))  # type: ignore[arg-type]
+        return stack
 
     def as_type(self, proxy: Any, dtype: torch.dtype) -> Any:
         """Convert, unless the tensor has the type already."""
@@ -77,10 +86,12 @@ class Splice:
         if not isinstance(n, sympy.Expr):
             return n
         for node in self.facts.graph.nodes:
+            if node is self.before:
+                break
             held = node.meta.get("example_value")
             if isinstance(held, torch.SymInt) and same(size(held), n):
                 return self.stand_in(node)
-        refuse("emit", f"the size {n} is nowhere in the graph")
+        refuse("emit", f"the size {n} is nowhere in the graph before")
 
     def replace(self, old: Node, new: Any, interior: Iterable[Node] = ()) -> None:
         """Let the stand-in `new` take the place of `old`; erase `old`, the `interior` nodes that only led to it, and

@@ -313,7 +313,7 @@ def cast(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Ind
 
 def _rounds(node: Node) -> bool:
     """Whether a node's type can't hold every position: float32 can, up to 2**24."""
-    return tensor(node).dtype in (torch.float16, torch.bfloat16)  # type: ignore[union-attr]
+    return tensor(node).dtype not in (torch.int32, torch.int64, torch.float32, torch.float64)  # type: ignore[union-attr]
 
 
 def _as_dtype(value: Value, node: Node) -> Value:
@@ -322,11 +322,12 @@ def _as_dtype(value: Value, node: Node) -> Value:
 
     def convert(index: Index) -> Index:
         if index.terms or isinstance(index.offset, sympy.Expr):
-            if _rounds(node) or dtype == torch.bool or not dtype.is_signed:
+            if _rounds(node):
                 raise Unreadable(f"positions as {dtype}")
             return index
         try:
-            return Index(torch.tensor(index.offset, device="cpu").to(dtype).item())
+            exact = torch.float64 if isinstance(index.offset, float) else None
+            return Index(torch.tensor(index.offset, dtype=exact, device="cpu").to(dtype).item())
         except (RuntimeError, OverflowError) as error:
             raise Unreadable(str(error)) from error
 

@@ -64,6 +64,8 @@ def product(node: Node, call: Call | None, constant: Constant) -> Product | None
         steps: list[Modifier] = [] if alpha == 1 else [Scale(alpha)]
         if beta != 0:
             steps.append(Bias(call["input"], beta))
+        elif (added := tensor(call["input"])) is None or added.requires_grad:
+            return None  # its gradient is zero, not missing
         return _matmul(node, call["batch1"], call["batch2"], tuple(steps))
     if call.name == "einsum":
         return _einsum(node, call["equation"], call["operands"])
@@ -113,7 +115,7 @@ def _einsum(node: Node, equation: Any, operands: Sequence[Any]) -> Product | Non
 
 def _broadcast(
     node: Node, a: Node, left: Sequence[Label], b: Node, right: Sequence[Label], out: tuple[Label, ...], steps: Any = ()
-) -> Product:
+) -> Product | None:
     """Drop the label of a dimension of size 1 that the other operand or the result has in full."""
     sizes = dict(zip(out, shape(node)))
     for labels, value in ((left, a), (right, b)):
@@ -124,6 +126,9 @@ def _broadcast(
         Factor(value, tuple(None if same(n, 1) and not same(sizes[x], 1) else x for x, n in zip(labels, shape(value))))
         for value, labels in ((a, left), (b, right))
     ]
+    summed = {x for x in left if x not in out}
+    if any(summed - set(factor.labels) for factor in factors):
+        return None  # a sum in which one operand is repeated
     return Product(node, factors[0], factors[1], out, steps)
 
 
@@ -197,17 +202,24 @@ def _before(facts: Facts, constant: Constant, state: State, until: Node, scaled:
             scale, dims = scale * (1 / factor if call.name == "div" else factor), state.dims
     if dims is None or not isinstance(source, Node) or tensor(source) is None:
         return None
+    if facts.region(node) != facts.region(until):
+        return None  # what was made without gradients stays without them
     try:
         source = facts.current(source, node)
     except Refused:
         return None
-    return State(source, dims, scale) if facts.unchanged(source, until) else None
+    # Autograd keeps what it needs for the backward pass by reference, so that it must not change later either.
+    kept = tensor(until).requires_grad  # type: ignore[union-attr]
+    return State(source, dims, scale) if facts.unchanged(source, None if kept else until) else None
 
 
 def _is_exact(source: Any, node: Node) -> bool:
-    """Whether a conversion to the type of `node` loses nothing: float16 or bfloat16 to float32, or no conversion."""
+    """Whether a conversion to the type of `node` loses nothing and kernels make it themselves, as they hold scores in
+    float32: float16 or bfloat16 to float32, or no conversion."""
     value, result = tensor(source), tensor(node)
     if value is None or result is None:
         return False
     dtype = result.dtype
-    return value.is_floating_point() and torch.promote_types(value.dtype, dtype) == dtype
+    if value.dtype == dtype:
+        return dtype.is_floating_point
+    return dtype == torch.float32 and value.dtype in (torch.float16, torch.bfloat16)

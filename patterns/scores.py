@@ -49,8 +49,8 @@ def divided_by(score: Node, other: Node) -> Any:
 
 @scores(score + c, score - c)
 def shifted(score: Node, c: float) -> Any:
-    """Adding one number to every score changes no weight."""
-    return (score,)
+    """Adding one number to every score changes no weight, unless it swallows them or lifts them out of a mask."""
+    return (score,) if abs(c) <= 1e6 else None
 
 
 @scores(score + other)

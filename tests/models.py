@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ class Architecture:
     auto: str
     config: dict[str, Any]
     n_sites: int = 2
+    n_encoder_sites: int = 0
     kind: str = "decoder"  # or "encoder", "image", "image and text", "encoder-decoder", "speech"
-    attributes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def generates(self) -> bool:
@@ -94,6 +94,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "forced_eos_token_id": None,
         },
         n_sites=2 * 1 + 2 * 2,
+        n_encoder_sites=2 * 1,
         kind="encoder-decoder",
     ),
     "whisper": Architecture(
@@ -107,6 +108,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "begin_suppress_tokens": None,
         },
         n_sites=2 * 1 + 2 * 2,
+        n_encoder_sites=2 * 1,
         kind="speech",
     ),
 }
@@ -135,10 +137,12 @@ def build(name: str, attention: str, dtype: torch.dtype = torch.float32) -> Any:
     return model.eval()
 
 
-def inputs(name: str, padding: str = "", batch: int = BATCH, length: int = LENGTH) -> dict[str, torch.Tensor]:
+def inputs(
+    name: str, padding: str = "", *, draw: int = 0, batch: int = BATCH, length: int = LENGTH
+) -> dict[str, torch.Tensor]:
     """Random inputs; with padding at the "left" or "right" for all rows of the batch but one."""
     kind = ARCHITECTURES[name].kind
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(1 + draw)
 
     def tokens() -> torch.Tensor:
         return torch.randint(3, VOCABULARY, (batch, length), generator=generator) * (mask() if padding else 1)

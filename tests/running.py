@@ -43,8 +43,8 @@ def with_gradients(function: Callable[..., Any], inputs: Sequence[Any]) -> tuple
     used = [y for y in outputs if y.requires_grad]
     if not used or not wanted:
         return result, []
-    generator = torch.Generator().manual_seed(1)
-    ways = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y) for y in used]
+    generator = torch.Generator("cpu").manual_seed(1)
+    ways = [torch.randn(y.shape, generator=generator, dtype=torch.float64, device="cpu").to(y) for y in used]
     return result, [*torch.autograd.grad(used, wanted, ways, allow_unused=True)]
 
 

@@ -26,6 +26,7 @@ FLOAT = {
     "x": (B, S, H * D),
     "bias": (H, S, S),
     "tau": (H, 1, 1),
+    "columns": (S,),
     "w": (3 * H * D, H * D),
     "wo": (H * D, H * D),
 }
@@ -49,6 +50,10 @@ class Spelling:
 
     def inputs(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[torch.Tensor]:
         """Fresh inputs in the order of the parameters; masks keep the diagonal, so that no row is empty."""
+        with torch.device("cpu"):
+            return self._inputs(dtype, seed)
+
+    def _inputs(self, dtype: torch.dtype, seed: int) -> list[torch.Tensor]:
         shapes = {**FLOAT, **self.shapes}
         generator = torch.Generator().manual_seed(seed)
         made = []
@@ -60,6 +65,7 @@ class Spelling:
                 made.append(random | torch.eye(S, dtype=torch.bool))
             else:
                 value = torch.randn(shapes[name], generator=generator, dtype=torch.float64)
+                value *= (H * D) ** -0.5 if name in ("w", "wo") else 1.0
                 made.append(value.to(dtype).requires_grad_())
         return made
 
@@ -114,7 +120,7 @@ def scale_absent(q, k, v):
 
 @spelling()
 def scale_as_tensor(q, k, v):
-    return torch.softmax(q @ k.transpose(2, 3) / torch.sqrt(torch.tensor(D)), -1) @ v
+    return torch.softmax(q @ k.transpose(2, 3) / torch.sqrt(torch.tensor(D, device=q.device)), -1) @ v
 
 
 @spelling()
@@ -174,13 +180,13 @@ def dropout_evaluating(q, k, v):
 
 @spelling(f"{SCALE}, causal")
 def causal_tril(q, k, v):
-    mask = torch.tril(torch.ones(S, S, dtype=torch.bool))
+    mask = torch.tril(torch.ones(S, S, dtype=torch.bool, device=q.device))
     return (q @ k.mT * D**-0.5).masked_fill(~mask, float("-inf")).softmax(-1) @ v
 
 
 @spelling(f"{SCALE}, causal")
 def causal_tril_equals_zero(q, k, v):
-    mask = torch.ones(S, S).tril().view(1, 1, S, S)
+    mask = torch.ones(S, S, device=q.device).tril().view(1, 1, S, S)
     return (q @ k.mT * D**-0.5).masked_fill(mask[:, :, :S, :S] == 0, float("-inf")).softmax(-1) @ v
 
 
@@ -193,13 +199,13 @@ def causal_triu(q, k, v):
 
 @spelling(f"{SCALE}, causal")
 def causal_full_inf_triu(q, k, v):
-    mask = torch.full((S, S), float("-inf")).triu(1)
+    mask = torch.full((S, S), float("-inf"), device=q.device).triu(1)
     return (q @ k.mT * D**-0.5 + mask).softmax(-1) @ v
 
 
 @spelling(f"{SCALE}, causal")
 def causal_arange(q, k, v):
-    i = torch.arange(S)
+    i = torch.arange(S, device=q.device)
     return torch.where(i[:, None] >= i[None, :], q @ k.mT * D**-0.5, -1e9).softmax(-1) @ v
 
 
@@ -208,18 +214,23 @@ def causal_where_inverted(q, k, v):
     i = torch.arange(S, device=q.device)
     scores = q @ k.mT * D**-0.5
     future = i.view(1, -1) > i.view(-1, 1)
-    return torch.where(future, torch.full([], torch.finfo(q.dtype).min, dtype=q.dtype), scores).softmax(-1) @ v
+    return (
+        torch.where(future, torch.full([], torch.finfo(q.dtype).min, dtype=q.dtype, device=q.device), scores).softmax(
+            -1
+        )
+        @ v
+    )
 
 
 @spelling(f"{SCALE}, causal")
 def causal_one_minus(q, k, v):
-    mask = torch.ones(S, S).tril()[None, None]
+    mask = torch.ones(S, S, device=q.device).tril()[None, None]
     return (q @ k.mT * D**-0.5 + (1.0 - mask) * -1e9).softmax(-1) @ v
 
 
 @spelling(f"causal, {SCALE}")
 def causal_before_scale(q, k, v):
-    mask = torch.ones(S, S, dtype=torch.bool).triu(1)
+    mask = torch.ones(S, S, dtype=torch.bool, device=q.device).triu(1)
     return (((q @ k.mT).masked_fill(mask, float("-inf"))) * D**-0.5).softmax(-1) @ v
 
 
@@ -227,8 +238,8 @@ def causal_before_scale(q, k, v):
 def causal_inplace(q, k, v):
     scores = q @ k.mT
     scores *= D**-0.5
-    mask = torch.zeros(S, S)
-    mask.masked_fill_(torch.ones(S, S, dtype=torch.bool).triu_(1), float("-inf"))
+    mask = torch.zeros(S, S, device=q.device)
+    mask.masked_fill_(torch.ones(S, S, dtype=torch.bool, device=q.device).triu_(1), float("-inf"))
     scores += mask
     return scores.softmax(-1) @ v
 
@@ -236,45 +247,45 @@ def causal_inplace(q, k, v):
 @spelling(f"{SCALE}, causal")
 def causal_fill_inplace(q, k, v):
     scores = q @ k.mT
-    scores.div_(ROOT).masked_fill_(torch.ones(S, S).tril() == 0, float("-inf"))
+    scores.div_(ROOT).masked_fill_(torch.ones(S, S, device=q.device).tril() == 0, float("-inf"))
     return scores.softmax(-1) @ v
 
 
 @spelling(f"{SCALE}, causal, sliding window 3")
 def sliding_window(q, k, v):
-    i = torch.arange(S)
+    i = torch.arange(S, device=q.device)
     near = (i[None, :] <= i[:, None]) & (i[None, :] > i[:, None] - 3)
     return (q @ k.mT * D**-0.5).masked_fill(~near, float("-inf")).softmax(-1) @ v
 
 
 @spelling(f"{SCALE}, causal, sliding window 3")
 def sliding_window_tril_triu(q, k, v):
-    ones = torch.ones(S, S, dtype=torch.bool)
+    ones = torch.ones(S, S, dtype=torch.bool, device=q.device)
     return (q @ k.mT * D**-0.5).masked_fill(~(ones.tril() & ones.triu(-2)), float("-inf")).softmax(-1) @ v
 
 
 @spelling(f"{SCALE}, causal", shapes=CROSS)
 def causal_top_left(q, k, v):
-    mask = torch.ones(S, K, dtype=torch.bool).tril()
+    mask = torch.ones(S, K, dtype=torch.bool, device=q.device).tril()
     return (q @ k.mT * D**-0.5).masked_fill(~mask, float("-inf")).softmax(-1) @ v
 
 
 @spelling(f"{SCALE}, causal, offset {K - S}", shapes=CROSS)
 def causal_bottom_right(q, k, v):
-    mask = torch.ones(S, K, dtype=torch.bool).tril(diagonal=K - S)
+    mask = torch.ones(S, K, dtype=torch.bool, device=q.device).tril(diagonal=K - S)
     return (q @ k.mT * D**-0.5).masked_fill(~mask, float("-inf")).softmax(-1) @ v
 
 
 @spelling(f"{SCALE}, causal, offset {K - S}", shapes=CROSS)
 def causal_positions(q, k, v):
-    rows, columns = torch.arange(S) + (K - S), torch.arange(K)
+    rows, columns = torch.arange(S, device=q.device) + (K - S), torch.arange(K, device=q.device)
     bias = torch.where(columns[None, :] <= rows[:, None], q.new_zeros(()), torch.finfo(q.dtype).min)
     return (q @ k.mT * D**-0.5 + bias[None, None]).softmax(-1) @ v
 
 
 @spelling(f"{SCALE}, causal, offset {K - S}", shapes=CROSS)
 def causal_sliced_square(q, k, v):
-    mask = torch.ones(K, K, dtype=torch.bool).tril()[K - S : K, :K]
+    mask = torch.ones(K, K, dtype=torch.bool, device=q.device).tril()[K - S : K, :K]
     return torch.where(mask, q @ k.mT * D**-0.5, float("-inf")).softmax(-1) @ v
 
 
@@ -291,14 +302,14 @@ def key_padding_additive(q, k, v, padding):
 
 @spelling(f"{SCALE}, causal and key padding")
 def causal_and_padding(q, k, v, padding):
-    i = torch.arange(S)
+    i = torch.arange(S, device=q.device)
     keep = (i[None, :] <= i[:, None])[None, None] & padding[:, None, None, :]
     return (q @ k.mT * D**-0.5 + torch.where(keep, q.new_zeros(()), torch.finfo(q.dtype).min)).softmax(-1) @ v
 
 
 @spelling(f"{SCALE}, causal, key padding")
 def causal_then_padding(q, k, v, padding):
-    scores = (q @ k.mT * D**-0.5).masked_fill(torch.ones(S, S).triu(1).bool(), float("-inf"))
+    scores = (q @ k.mT * D**-0.5).masked_fill(torch.ones(S, S, device=q.device).triu(1).bool(), float("-inf"))
     return scores.masked_fill(~padding[:, None, None], float("-inf")).softmax(-1) @ v
 
 
@@ -318,20 +329,20 @@ def bias_before_scale(q, k, v, bias):
 
 
 @spelling(f"{SCALE}, bias, bias, causal")
-def biases_and_causal(q, k, v, bias, tau):
-    scores = q @ k.mT * D**-0.5 + bias - tau
-    return scores.masked_fill(torch.ones(S, S).triu(1).bool(), float("-inf")).softmax(-1) @ v
+def biases_and_causal(q, k, v, bias, columns):
+    scores = q @ k.mT * D**-0.5 + bias - columns
+    return scores.masked_fill(torch.ones(S, S, device=q.device).triu(1).bool(), float("-inf")).softmax(-1) @ v
 
 
 @spelling(f"{SCALE}, bias")
 def small_constants_are_a_bias(q, k, v):
-    bias = torch.where(torch.ones(S, S).tril() > 0, 0.0, -5.0)
+    bias = torch.where(torch.ones(S, S, device=q.device).tril() > 0, 0.0, -5.0)
     return (q @ k.mT * D**-0.5 + bias).softmax(-1) @ v
 
 
 @spelling(f"{SCALE}, every key")
 def trivial_mask(q, k, v):
-    return (q @ k.mT * D**-0.5).masked_fill(torch.arange(S) >= S, float("-inf")).softmax(-1) @ v
+    return (q @ k.mT * D**-0.5).masked_fill(torch.arange(S, device=q.device) >= S, float("-inf")).softmax(-1) @ v
 
 
 # -- layouts --------------------------------------------------------------------------------------------------------
@@ -365,7 +376,9 @@ def folded_bmm(q, k, v):
 @spelling(f"{SCALE}, causal")
 def folded_bmm_with_mask(q, k, v):
     q, k, v = (y.reshape(B * H, S, D) for y in (q * D**-0.5, k, v))
-    scores = torch.bmm(q, k.transpose(1, 2)).view(B, H, S, S) + torch.full((S, S), float("-inf")).triu(1)
+    scores = torch.bmm(q, k.transpose(1, 2)).view(B, H, S, S) + torch.full((S, S), float("-inf"), device=q.device).triu(
+        1
+    )
     return torch.bmm(F.softmax(scores.view(B * H, S, S), dim=-1), v).view(B, H, S, D).transpose(1, 2).reshape(B, S, -1)
 
 
@@ -379,7 +392,7 @@ def folded_baddbmm(q, k, v, bias):
 @spelling()
 def folded_baddbmm_without_input(q, k, v):
     q, k, v = (y.reshape(B * H, S, D) for y in (q, k, v))
-    empty = torch.empty(B * H, S, S, dtype=q.dtype)
+    empty = torch.empty(B * H, S, S, dtype=q.dtype, device=q.device)
     return torch.baddbmm(empty, q, k.transpose(1, 2), beta=0, alpha=D**-0.5).softmax(-1).bmm(v)
 
 
@@ -437,7 +450,7 @@ def scaled_inplace_on_query(q, k, v):
 
 @spelling(f"{SCALE}, causal")
 def softmax_of_a_view(q, k, v):
-    scores = (q @ k.mT * D**-0.5).masked_fill(torch.ones(S, S).triu(1).bool(), float("-inf"))
+    scores = (q @ k.mT * D**-0.5).masked_fill(torch.ones(S, S, device=q.device).triu(1).bool(), float("-inf"))
     return scores.view(B * H, S, S).softmax(-1).view(B, H, S, S) @ v
 
 
@@ -447,7 +460,7 @@ def softmax_of_a_view(q, k, v):
 @spelling(f"{SCALE}, causal", shapes=GQA, num_kv_heads=HKV)
 def gqa_expand_reshape(q, k, v):
     k, v = (x[:, :, None, :, :].expand(B, HKV, G, S, D).reshape(B, H, S, D) for x in (k, v))
-    return (q @ k.mT * D**-0.5 + torch.full((S, S), float("-inf")).triu(1)).softmax(-1) @ v
+    return (q @ k.mT * D**-0.5 + torch.full((S, S), float("-inf"), device=q.device).triu(1)).softmax(-1) @ v
 
 
 @spelling(shapes=GQA, num_kv_heads=HKV)
@@ -472,7 +485,7 @@ def gqa_tiled_key_interleaved_value(q, k, v):
 def gqa_five_dimensions(q, k, v):
     q = q.view(B, HKV, G, S, D)
     scores = torch.einsum("bhgqd,bhkd->bhgqk", q, k) * D**-0.5
-    weights = scores.masked_fill(torch.ones(S, S).triu(1).bool(), float("-inf")).softmax(-1)
+    weights = scores.masked_fill(torch.ones(S, S, device=q.device).triu(1).bool(), float("-inf")).softmax(-1)
     return torch.einsum("bhgqk,bhkd->bhgqd", weights, v).reshape(B, H, S, D)
 
 
@@ -512,7 +525,7 @@ def sdpa_causal(q, k, v):
 
 @spelling(f"{SCALE}, causal")
 def sdpa_mask_that_is_causal(q, k, v):
-    return F.scaled_dot_product_attention(q, k, v, torch.ones(S, S, dtype=torch.bool).tril())
+    return F.scaled_dot_product_attention(q, k, v, torch.ones(S, S, dtype=torch.bool, device=q.device).tril())
 
 
 @spelling("scale 0.5, key padding", shapes=GQA, num_kv_heads=HKV)
@@ -541,7 +554,7 @@ def multi_head_attention_function_masked(x, w, wo, padding):
     return F.multi_head_attention_forward(
         y, y, y, H * D, H, w, None, None, None, False, 0.0, wo, None,
         key_padding_mask=torch.zeros_like(padding, dtype=x.dtype).masked_fill(~padding, float("-inf")),
-        attn_mask=torch.full((S, S), float("-inf")).triu(1).to(x.dtype),
+        attn_mask=torch.full((S, S), float("-inf"), device=x.device).triu(1).to(x.dtype),
     )[0]  # fmt: skip
 
 
@@ -579,22 +592,22 @@ def scores_used(q, k, v):
 @refused("masked_fill")
 def mask_after_softmax(q, k, v):
     weights = (q @ k.mT * D**-0.5).softmax(-1)
-    return weights.masked_fill(torch.ones(S, S).triu(1).bool(), 0.0) @ v
+    return weights.masked_fill(torch.ones(S, S, device=q.device).triu(1).bool(), 0.0) @ v
 
 
 @refused("which is no mask")
 def filled_with_zero(q, k, v):
-    return (q @ k.mT * D**-0.5).masked_fill(torch.ones(S, S).triu(1).bool(), 0.0).softmax(-1) @ v
+    return (q @ k.mT * D**-0.5).masked_fill(torch.ones(S, S, device=q.device).triu(1).bool(), 0.0).softmax(-1) @ v
 
 
 @refused("scaled by -0.1 after a mask")
 def negative_scale_after_mask(q, k, v):
-    return ((q @ k.mT).masked_fill(torch.ones(S, S).triu(1).bool(), -1e9) * -0.1).softmax(-1) @ v
+    return ((q @ k.mT).masked_fill(torch.ones(S, S, device=q.device).triu(1).bool(), -1e9) * -0.1).softmax(-1) @ v
 
 
 @refused("scaled by a tensor after a mask")
 def tensor_scale_after_mask(q, k, v, tau):
-    return ((q @ k.mT).masked_fill(torch.ones(S, S).triu(1).bool(), -1e9) * tau).softmax(-1) @ v
+    return ((q @ k.mT).masked_fill(torch.ones(S, S, device=q.device).triu(1).bool(), -1e9) * tau).softmax(-1) @ v
 
 
 @refused("dropped out twice", random=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -39,13 +39,21 @@ def _fresh_dynamo() -> Iterator[None]:
 # Running a model
 
 
-def run(model: Any, given: Inputs, *, autocast: bool = False) -> Result:
-    """One training step's outputs and gradients, without what belongs to padding.
+def run(model: Any, draws: Sequence[Inputs], *, autocast: bool = False) -> Result:
+    """The outputs and gradients of a training step for each draw of the inputs, without what belongs to padding.
 
-    A gradient is that of a module's parameters together, as one tensor: weight and bias of a linear layer are one
-    matrix `[W | b]`, and share a rounding unit. (The bias of a key projection alone has a gradient that is zero but
-    for rounding: it shifts all scores of a row alike.)
+    The draws of one tensor are compared as one, because the error of a few elements is mostly luck. For the same
+    reason a gradient is that of a module's parameters together: weight and bias of a linear layer are one matrix
+    `[W | b]`, and share a rounding unit. (The bias of a key projection alone has a gradient that is zero but for
+    rounding: it shifts all scores of a row alike.)
     """
+    results = [_step(model, given, autocast) for given in draws]
+    return {
+        kind: {key: torch.stack([r[kind][key] for r in results]) for key in results[0][kind]} for kind in results[0]
+    }
+
+
+def _step(model: Any, given: Inputs, autocast: bool) -> Result:
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         outputs = model(**given)
@@ -72,24 +80,32 @@ def _cotangent(x: torch.Tensor) -> torch.Tensor:
 
 
 def _gradients(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """All gradients but that of a single number: CLIP's `logit_scale`, a sum over the logits."""
     for name, module in model.named_modules():
-        gradients = [p.grad.flatten() for p in module.parameters(recurse=False) if p.grad is not None]
+        gradients = [p.grad.flatten() for p in module.parameters(recurse=False) if p.grad is not None and p.ndim]
         if gradients:
             yield name, torch.cat(gradients)
+
+
+def draws(name: str, padding: str = "", **shape: int) -> list[Inputs]:
+    return [inputs(name, padding, draw=i, **shape) for i in range(4)]
 
 
 @functools.cache
 def truth(name: str, padding: str = "", attention: str = "eager", **shape: int) -> Result:
     """The model computed in float64 throughout."""
-    given = {key: x.double() if x.is_floating_point() else x for key, x in inputs(name, padding, **shape).items()}
+    exact = [
+        {key: x.double() if x.is_floating_point() else x for key, x in given.items()}
+        for given in draws(name, padding, **shape)
+    ]
     with NothingNarrowed():
-        return run(build(name, attention, torch.float64), given)
+        return run(build(name, attention, torch.float64), exact)
 
 
 @functools.cache
 def eager(name: str, attention: str, padding: str = "", *, autocast: bool = False, **shape: int) -> Result:
     """What the budget is made of: the model as it is, in float32 or under autocast."""
-    return run(build(name, attention), inputs(name, padding, **shape), autocast=autocast)
+    return run(build(name, attention), draws(name, padding, **shape), autocast=autocast)
 
 
 class Graphs:
@@ -160,11 +176,168 @@ def test_truth(name: str, padding: str) -> None:
 # Forward and backward
 
 
+def optimized(name: str, attention: str, **options: Any) -> Any:
+    return attn_rewriter.optimize(build(name, attention), **{"compiler": "eager", "strict": True, **options})
+
+
 @attentions
 @architectures
 def test_forward_and_backward(name: str, attention: str) -> None:
-    model = attn_rewriter.optimize(build(name, attention), compiler="eager")
-    fused = run(model, inputs(name))
+    model = optimized(name, attention)
+    fused = run(model, draws(name))
     assert_all_fused(model, ARCHITECTURES[name].n_sites)
     assert breaks() == (1, 0)
     assert_as_accurate(fused, eager(name, attention), truth(name))
+
+
+@attentions
+@padded
+def test_padding(name: str, attention: str) -> None:
+    """One compiled graph serves both sides: the mask is a tensor."""
+    model = optimized(name, attention)
+    for padding in ("left", "right"):
+        fused = run(model, draws(name, padding))
+        assert_as_accurate(fused, eager(name, attention, padding), truth(name, padding))
+    assert_all_fused(model, ARCHITECTURES[name].n_sites)
+    assert breaks() == (1, 0)
+
+
+@attentions
+@padded
+def test_rows_without_keys_are_finite(name: str, attention: str) -> None:
+    """In every layer: one NaN row becomes a NaN key and value in the next. Left padding makes such rows in causal
+    attention, a sequence that is all padding makes them everywhere."""
+    given = inputs(name, "left")
+    for key in given:
+        if key.endswith("attention_mask"):
+            given[key][-1] = 0
+    model = build(name, attention)
+    with torch.no_grad():
+        model(**given, output_hidden_states=True)  # transformers installs its hooks in the first call
+        attn_rewriter.optimize(model, compiler="eager", strict=True)
+        outputs = model(**given, output_hidden_states=True)
+    assert_all_fused(model, ARCHITECTURES[name].n_sites)
+    assert breaks() == (1, 0)
+    layers = [*_hidden_states(outputs)]
+    assert len(layers) >= 3
+    for layer in layers:
+        assert layer.isfinite().all()
+
+
+def _hidden_states(outputs: Any) -> Iterator[torch.Tensor]:
+    """Of every layer, and of the models inside a model."""
+    for name, x in outputs.items():
+        if name.endswith("hidden_states"):
+            yield from x
+        elif isinstance(x, transformers.utils.ModelOutput):
+            yield from _hidden_states(x)
+        elif isinstance(x, torch.Tensor):
+            yield x
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`")
+@attentions
+@architectures
+def test_gradient_checkpointing(name: str, attention: str) -> None:
+    """A checkpointed layer is a graph of its own, called by a higher-order operator."""
+    padding = "left" if ARCHITECTURES[name].takes_padding else ""
+    graphs = Graphs()
+    model = optimized(name, attention, compiler=graphs).train()
+    model.config.use_cache = False  # else transformers logs a warning in the forward, which breaks the graph
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    fused = run(model, draws(name, padding))
+    calls = [str(node.target) for gm in graphs.graphs for node in gm.graph.nodes]
+    assert calls.count("tag_activation_checkpoint") > 0
+    assert_all_fused(model, ARCHITECTURES[name].n_sites)
+    assert breaks() == (1, 0)
+    assert_as_accurate(fused, eager(name, attention, padding), truth(name, padding))
+
+
+@attentions
+@architectures
+def test_autocast(name: str, attention: str) -> None:
+    model = optimized(name, attention)
+    fused = run(model, draws(name), autocast=True)
+    assert_all_fused(model, ARCHITECTURES[name].n_sites)
+    assert breaks() == (1, 0)
+    assert_as_accurate(fused, eager(name, attention, autocast=True), truth(name))
+
+
+@attentions
+@architectures
+def test_dynamic_shapes(name: str, attention: str) -> None:
+    padding = "left" if ARCHITECTURES[name].takes_padding else ""
+    shapes = [{"batch": 5, "length": 13}, {"batch": 2, "length": 16}]  # 3 is an image's number of channels
+    model = optimized(name, attention, dynamic=True)
+    for shape in shapes:
+        fused = run(model, draws(name, padding, **shape))
+        assert_as_accurate(fused, eager(name, attention, padding, **shape), truth(name, padding, **shape))
+    assert breaks() == (1, 0)
+    assert_all_fused(model, ARCHITECTURES[name].n_sites)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Generation
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@attentions
+@generating
+def test_generate(name: str, attention: str, cache: str) -> None:
+    """The same tokens, greedily; the first graph reads the prompts, of which one is whole and the others are padded
+    on the left, and the next go on from the cache. (`generate` calls an encoder by itself, not through the model's
+    compiled call.)"""
+
+    def generate(model: Any) -> torch.Tensor:
+        options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+        if cache != "dynamic":
+            options["cache_implementation"] = cache
+        return model.generate(**inputs(name, "left"), **options)
+
+    model = optimized(name, attention)
+    tokens = generate(model)
+    n_graphs, n_breaks = breaks()
+    assert torch.equal(tokens, generate(build(name, attention)))
+    architecture = ARCHITECTURES[name]
+    assert n_graphs >= 2
+    assert_all_fused(model, n_graphs * (architecture.n_sites - architecture.n_encoder_sites))
+    assert (n_graphs, n_breaks) == breaks_of_plain_compile(generate, build(name, attention))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# With Inductor
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "padding", "autocast"),
+    [
+        ("llama", "eager", "left", False),
+        ("gpt2", "eager", "", False),
+        ("bert", "sdpa", "right", False),
+        ("mistral", "eager", "", True),
+    ],
+)
+def test_inductor(name: str, attention: str, padding: str, autocast: bool) -> None:
+    model = optimized(name, attention, compiler="inductor")
+    fused = run(model, draws(name, padding), autocast=autocast)
+    assert_all_fused(model, ARCHITECTURES[name].n_sites)
+    assert breaks() == (1, 0)
+    assert_as_accurate(fused, eager(name, attention, padding, autocast=autocast), truth(name, padding))
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`")
+def test_inductor_with_gradient_checkpointing() -> None:
+    model = optimized("opt", "eager", compiler="inductor").train()
+    model.config.use_cache = False
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    fused = run(model, draws("opt", "left"))
+    assert_all_fused(model, ARCHITECTURES["opt"].n_sites)
+    assert_as_accurate(fused, eager("opt", "eager", "left"), truth("opt", "left"))
+
+
+def test_inductor_generates() -> None:
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
+    model = optimized("qwen2", "eager", compiler="inductor")
+    tokens = model.generate(**inputs("qwen2", "left"), **options)
+    assert_all_fused(model, 2 * 2)
+    assert torch.equal(tokens, build("qwen2", "eager").generate(**inputs("qwen2", "left"), **options))

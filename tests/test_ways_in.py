@@ -234,7 +234,17 @@ def test_run_runs_an_unmodified_script(tmp_path: Path) -> None:
             sys.exit(3)
         """)
     )
-    command = [sys.executable, "-m", "attn_rewriter", "run", "--compiler", "eager", str(tmp_path / "script.py"), "-x", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "attn_rewriter",
+        "run",
+        "--compiler",
+        "eager",
+        str(tmp_path / "script.py"),
+        "-x",
+        "1",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 3
     assert "torch.Size([1, 2, 3, 4]) ['-x', '1']" in done.stdout
@@ -429,5 +439,3 @@ def test_nothing_is_said_when_all_goes_well(model: nn.Module, x: torch.Tensor) -
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*attn_rewriter.*")
         attn_rewriter.optimize(model, compiler="eager")(x)
-
-

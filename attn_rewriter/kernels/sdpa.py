@@ -32,8 +32,8 @@ class SDPA(Kernel):
         form = spec.affine()
         assert not isinstance(form, str)
         query, key, value = tensors["query"], tensors["key"], tensors["value"]
-        for scale in form.query_scales:
-            query = scale.apply(query, tensors)
+        for query_scale in form.query_scales:
+            query = query_scale.apply(query, tensors)
         bias = summed_bias(form, tensors)
         is_causal = bias is None and form.keep.within(shapes.q_len, shapes.kv_len) == Band(None, 0)
         attn_mask = bias
@@ -43,8 +43,11 @@ class SDPA(Kernel):
             attn_mask = keep if bias is None else torch.where(keep, bias, torch.finfo(shapes.dtype).min / 2)
         if shapes.is_gqa and not self._takes_gqa(shapes, device, attn_mask is not None):
             key, value = (x.repeat_interleave(shapes.num_groups, dim=1) for x in (key, value))
+        scale = form.scale
+        if not scale > 0:  # kernels take the largest score, and hide keys with -inf, before they multiply
+            query, scale = query * scale, 1.0
         # Arguments that have their default are left out, so that the graph reads as a person would write it.
-        options: dict[str, Any] = {"scale": form.scale}
+        options: dict[str, Any] = {"scale": scale}
         if attn_mask is not None:
             options["attn_mask"] = attn_mask
         if spec.dropout_p:
@@ -53,7 +56,10 @@ class SDPA(Kernel):
             options["is_causal"] = True
         if shapes.is_gqa and key is tensors["key"]:
             options["enable_gqa"] = True
-        return F.scaled_dot_product_attention(query, key, value, **options)
+        output = F.scaled_dot_product_attention(query, key, value, **options)
+        if shapes.needs_backward and self._may_be_cudnn(shapes, device):
+            output = _with_one_layout_of_gradients(output, shapes)
+        return output
 
     @staticmethod
     def _takes_gqa(shapes: Shapes, device: Device, masked: bool) -> bool:
@@ -61,4 +67,19 @@ class SDPA(Kernel):
         mask, and cuDNN (first choice from sm_90 on) only half precision."""
         if device.type != "cuda":
             return True
-        return shapes.dtype in _HALF and (not masked or (device.capability or (0, 0)) >= (9, 0))
+        return shapes.dtype in _HALF and (not masked or SDPA._may_be_cudnn(shapes, device))
+
+    @staticmethod
+    def _may_be_cudnn(shapes: Shapes, device: Device) -> bool:
+        return device.type == "cuda" and (device.capability or (0, 0)) >= (9, 0) and shapes.dtype in _HALF
+
+
+def _with_one_layout_of_gradients(output: torch.Tensor, shapes: Shapes) -> torch.Tensor:
+    """Let the gradient of the output always arrive as [batch, q_len, num_heads, head_dim_v] in memory.
+
+    PyTorch keeps one backward plan of cuDNN for each shape, whatever the strides of the output's gradient (seen in
+    2.11 with cuDNN 9.19): a second layout in the same process gives wrong gradients without a word. Reshaping the
+    output makes autograd reshape its gradient. Where the model goes on in this layout, as models do, it costs nothing.
+    """
+    merged = output.transpose(1, 2).flatten(1, 2)
+    return merged.unflatten(1, (-1, shapes.num_heads)).transpose(1, 2)

@@ -1,0 +1,103 @@
+"""The same promises on a CUDA device, where other kernels run behind SDPA."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import attn_rewriter
+from tests.accuracy import assert_as_accurate
+from tests.running import joined, rewritten, truth, with_gradients
+from tests.spellings import SPELLINGS, Spelling
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("spelling", [s for s in SPELLINGS if not s.random], ids=lambda s: s.name)
+def test_result_and_gradients(spelling: Spelling, dtype: torch.dtype) -> None:
+    draws = [[x.cuda().detach().requires_grad_(x.requires_grad) for x in spelling.inputs(dtype, s)] for s in range(4)]
+    try:
+        eager = joined(with_gradients(spelling.function, inputs) for inputs in draws)
+    except RuntimeError as error:
+        pytest.skip(f"eager raises: {error}")
+    function, _ = rewritten(spelling.function)
+    fused = joined(with_gradients(function, inputs) for inputs in draws)
+    assert_as_accurate(fused, eager, joined(truth(spelling.function, inputs) for inputs in draws))
+
+
+# Realistic sizes, so that cuDNN, flash and memory-efficient attention are taken, each with rows without any key.
+@pytest.mark.parametrize("kv_heads", [8, 2])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fill", ["finfo", "inf", "bias"])
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+def test_rows_without_any_key_stay_finite(
+    compiler: str, fill: str, dtype: torch.dtype, head_dim: int, kv_heads: int
+) -> None:
+    batch, heads, length = 2, 8, 128
+
+    def attention(q, k, v, padding, bias):
+        k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
+        i = torch.arange(length, device=q.device)
+        keep = (i[None, :] <= i[:, None])[None, None] & padding[:, None, None, :]
+        scores = q @ k.mT * head_dim**-0.5
+        if fill == "bias":
+            scores = scores + bias
+        low = torch.finfo(q.dtype).min if fill == "finfo" else float("-inf")
+        return (scores + torch.where(keep, q.new_zeros(()), low)).softmax(-1) @ v
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=dtype, device="cuda", requires_grad=True)
+
+    inputs = [draw(batch, heads, length, head_dim), *(draw(batch, kv_heads, length, head_dim) for _ in range(2))]
+    padding = torch.arange(length, device="cuda") >= torch.tensor([[0], [40]], device="cuda")
+    inputs += [padding, draw(heads, length, length)]
+    function, report = rewritten(attention, compiler=compiler)
+    result, gradients = with_gradients(function, inputs)
+    assert report().n_fused == 1
+    assert result.isfinite().all()
+    assert all(g is None or g.isfinite().all() for g in gradients)
+    # the rows that have a key agree with eager
+    full = torch.ones_like(padding)
+    inputs[3] = full
+    eager, exact = with_gradients(attention, inputs), truth(attention, inputs)
+    assert_as_accurate(with_gradients(function, inputs), eager, exact)
+
+
+def test_decode_reads_grouped_heads_without_copying_them() -> None:
+    def decode(q, k, v):
+        k, v = (x[:, :, None].expand(8, 8, 4, 4096, 128).reshape(8, 32, 4096, 128) for x in (k, v))
+        return (q @ k.mT * 128**-0.5).softmax(-1) @ v
+
+    q = torch.randn(8, 32, 1, 128, dtype=torch.bfloat16, device="cuda")
+    k, v = (torch.randn(8, 8, 4096, 128, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    function = attn_rewriter.optimize(decode)
+    function(q, k, v)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function(q, k, v)
+    assert torch.cuda.max_memory_allocated() - before < k.numel() * k.element_size()
+
+
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+def test_gradients_in_two_layouts(compiler: str) -> None:
+    """PyTorch's cuDNN backward remembers the strides of the first gradient that it saw (see `kernels/sdpa.py`)."""
+
+    def attention(q, k, v):
+        return (q @ k.mT * 64**-0.5).softmax(-1) @ v
+
+    def heads_last(q, k, v):
+        return attention(q, k, v).transpose(1, 2).contiguous()
+
+    def draw() -> torch.Tensor:
+        return torch.randn(2, 6, 256, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+
+    inputs = [draw() for _ in range(3)]
+    for function in (attention, heads_last, attention):
+        fused, _ = rewritten(function, compiler=compiler)
+        eager, exact = with_gradients(function, inputs), truth(function, inputs)
+        assert_as_accurate(with_gradients(fused, inputs), eager, exact)
