@@ -50,12 +50,28 @@ def optimize(
     given = {**(options or {}), "kernel": kernel, "compiler": compiler, "strict": strict}
     backend = Backend(Options.of(given, mode))
     if isinstance(model, nn.Module):
-        model.compile(backend=backend, dynamic=dynamic, fullgraph=fullgraph)
-        _backends[model] = backend
+        compile_in_place(model, backend, dynamic=dynamic, fullgraph=fullgraph)
         return model
     compiled = torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=fullgraph)
     _backends[compiled] = backend
     return compiled  # type: ignore[return-value]
+
+
+def compile_in_place(model: nn.Module, backend: Backend, **options: Any) -> None:
+    """What `nn.Module.compile` does, for modules of torch itself as well: Dynamo skips a call that begins in torch's
+    own files, as that of `nn.TransformerEncoder` does, but not one that leads there from ours."""
+    model._compiled_call_impl = torch.compile(_calling(model), backend=backend, **options)
+    _backends[model] = backend
+
+
+def _calling(model: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of this file that calls a model as it is, compiled or not."""
+    call = model._call_impl if isinstance(model, nn.Module) else model
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+    return forward
 
 
 def report_of(model: Any) -> Report:
@@ -69,24 +85,30 @@ def report_of(model: Any) -> Report:
         raise ValueError("report_of takes a model that optimize() returned") from None
 
 
-def explain(model: Callable[..., Any], *args: Any, device: Device | str | None = None, **kwargs: Any) -> Report:
+def explain(
+    model: Callable[..., Any],
+    *args: Any,
+    device: Device | str | None = None,
+    kernel: Request = "auto",
+    **kwargs: Any,
+) -> Report:
     """Run a model once on the given inputs and say, site by site, what its attention computes and which kernel takes
     its place; the model stays as it is.
 
-    `device` imagines another device: "sm_90", "cpu", or a `Device`. Then nothing is replaced in the run itself.
+    All other arguments go to the model. `device` imagines another device: "sm_90", "cpu", or a `Device`; then nothing
+    is replaced in the run itself. `kernel` is what `optimize` takes.
 
     Raises:
         TypeError: `model` is neither a module nor a callable.
-        ValueError: `device` is not known.
+        ValueError: `device` or `kernel` is not known.
     """
     _check_model(model)
     imagined = None if device is None else Device.parse(device)
-    backend = Backend(Options(compiler=_run_as_is), device=imagined, dry=imagined is not None)
-    call = model._call_impl if isinstance(model, nn.Module) else model
+    backend = Backend(Options(kernel, compiler=_run_as_is), device=imagined, dry=imagined is not None)
     # A report of its own for each call: the many compilations of one function must not meet Dynamo's limit for them.
     unlimited = {"recompile_limit": 1 << 20, "accumulated_recompile_limit": 1 << 20}
     with torch._dynamo.config.patch(unlimited):
-        torch.compile(lambda *a, **k: call(*a, **k), backend=backend)(*args, **kwargs)
+        torch.compile(_calling(model), backend=backend)(*args, **kwargs)
     return backend.report
 
 

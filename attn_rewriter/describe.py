@@ -201,13 +201,14 @@ class _Reading:
         call = self.facts.call(node)
         assert call is not None
         q, k, v, attn_mask = (call[name] for name in ("query", "key", "value", "attn_mask"))
-        scale: Any = call["scale"]
-        if scale is not None and not isinstance(scale, Node):
-            scale = float(scale)
-        if any(tensor(x) is None for x in (q, k, v)) or not isinstance(call["dropout_p"], (int, float)):
+        known, dropout_p = (self.reader.constant(call[name], node) for name in ("scale", "dropout_p"))
+        scale: Any = call["scale"] if known is None else known
+        if any(tensor(x) is None for x in (q, k, v)) or dropout_p is None:
             refuse("describe", "an argument of the call is not known", node)
         if len(shape(q)) < 3 or (scale is None and not isinstance(shape(q)[-1], int)):
             refuse("describe", "the call's shape or scale is not known", node)
+        if call["enable_gqa"] and not same(shape(k)[-3], shape(v)[-3]):
+            refuse("describe", "key and value have different numbers of heads", node)
         out = fresh(shape(node))
         head_dim, kv = fresh([shape(q)[-1], shape(k)[-2]])
         ndim = len(out)
@@ -240,7 +241,7 @@ class _Reading:
             steps.append(Fill(mask, float("-inf"), keep=True) if is_bool else Bias(mask))
         return self._finish(
             steps=tuple((step, (*out[:-1], kv)) for step in steps),
-            dropout_p=float(call["dropout_p"]),
+            dropout_p=dropout_p,
             batch=[*out[:-2]],
             named={"query": out[-2], "key": kv, "head_dim": head_dim, "head_dim_v": out[-1]},
             output=out,
@@ -428,8 +429,11 @@ class _Reading:
     ) -> Shapes:
         output = tensor(self.site.output)
         assert output is not None
-        # Under autocast a product runs in a narrower type than its operands have; exact casts were peeled off.
+        # Under autocast a product runs in a narrower type than its operands have, and an SDPA call has its mask in it
+        # as well; exact casts were peeled off.
         used = {"query": score_dtype, "key": score_dtype, "value": output.dtype}
+        if self.site.kind == "sdpa" and self.facts.autocast(self.site.output, output.device.type) is not None:
+            used |= dict.fromkeys(spec.numeric, output.dtype)
         dtypes = [output.dtype]
         for name, state in operands.items():
             if state.dtype is not None and (name in used or name in spec.numeric):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import operator
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -308,7 +309,7 @@ def looks_at_shape_only(node: Node) -> bool:
     """Whether a node takes nothing from its input but shape and type, as `torch.ones_like(scores[0, 0])` does."""
     found = call(node)
     if found is None or is_inplace(node):
-        return False
+        return node.op == "call_method" and node.target == "size"
     return found.name in _SHAPE_ONLY or (found.name in _SELECTING and all(map(looks_at_shape_only, node.users)))
 
 
@@ -329,13 +330,12 @@ def _written(node: Node, modules: dict[str, Any]) -> list[Node]:
         bodies = [modules.get(str(a.target)) for a in node.all_input_nodes if a.op == "get_attr"]
         writes = any(_writes(body) for body in bodies if isinstance(body, GraphModule))
         return node.all_input_nodes if writes or "mutation" in target.__name__ or not bodies else []
-    module = getattr(target, "__module__", None) or ""
-    trusted = ("torch", "_operator", "operator", "builtins", "math", "einops")
-    if node.op == "call_function" and module.split(".")[0] not in trusted and target not in _FUNCTIONS:
-        builtin = type(target).__name__ in ("builtin_function_or_method", "method_descriptor")
-        return [] if builtin else node.all_input_nodes
-    # An object that is called, as Dynamo does for NumPy's methods, may do anything.
-    return [] if _name(node) else node.all_input_nodes
+    builtin = inspect.isbuiltin(target) or inspect.ismethoddescriptor(target)
+    if node.op == "call_method" or target in _FUNCTIONS or builtin:
+        return []
+    # Someone else's code may do anything, and so may an object that is called, such as Dynamo's for NumPy's methods.
+    trusted = (getattr(target, "__module__", None) or "").split(".")[0] in ("torch", "einops")
+    return [] if trusted and inspect.isroutine(target) else node.all_input_nodes
 
 
 def _written_by(overload: torch._ops.OpOverload, node: Node) -> list[Node]:
@@ -454,6 +454,7 @@ class Facts:
         """`result`, one of the `new` nodes that were inserted before `old`, takes its place."""
         self.position.update(dict.fromkeys(new, self.position[old]))
         self._regions.update(dict.fromkeys(new, self._regions[old]))
+        self._writes[_storage(result)] = self._writes.get(_storage(old), [])
         for user in old.users:
             self._calls.pop(user, None)
         old.replace_all_uses_with(result)
@@ -509,23 +510,22 @@ def _same_view(a: Node, b: Node) -> bool:
 # ---------------------------------------------------------------------------------------------------------------
 # Where a node comes from, in the words of the user's model
 
-_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n\s*(?P<code>.*)')
-_ROOT = re.compile(r"^L\['\w+'\]\.?|^L__\w+?___")
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in ')
+_ROOT = re.compile(r"^L\['\w+'\](?:\.(?:__self__|fn|_orig_mod)\b)*\.?")
+_HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
 def source(node: Node) -> str:
     """`file:line` of the innermost line of the model's code that made a node; empty where Dynamo kept none."""
-    frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
+    frames = [f for f in _FRAME.finditer(node.meta.get("stack_trace") or "") if not f["file"].startswith(_HERE)]
     return f"{frames[-1]['file']}:{frames[-1]['line']}" if frames else ""
 
 
 def module_path(node: Node) -> str:
     """The dotted path of the module whose forward made a node, as in `model.named_modules()`."""
-    stack = node.meta.get("nn_module_stack") or {}
-    path = next(reversed([entry[0] for entry in stack.values()]), "") if stack else ""
-    path = _ROOT.sub("", path)
-    path = re.sub(r"(?:_modules)?\['?(\w+)'?\]", r".\1", path).replace("._modules.", ".")
-    return path.removeprefix("fn.").lstrip(".")
+    paths = [entry[0] for entry in (node.meta.get("nn_module_stack") or {}).values()]
+    path = _ROOT.sub("", paths[-1]) if paths else ""
+    return re.sub(r"\['?(\w+)'?\]", r".\1", path).replace("_modules.", "").lstrip(".")
 
 
 def describe_node(node: Node) -> str:

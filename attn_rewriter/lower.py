@@ -72,9 +72,11 @@ def _attention(
         return (x if batched else x.unsqueeze(1)).unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
 
     query, key, value = (split(x) for x in _projected(args, is_self))
-    mask = _mask(args, attn_mask, key_padding_mask, splice.value(query).dtype)
+    # PyTorch then takes the hint for the truth, and does not look at the mask.
+    is_causal = args["is_causal"] and key_padding_mask is None and not args["need_weights"]
+    mask = None if is_causal else _mask(args, attn_mask, key_padding_mask, splice.value(query).dtype)
     dropout_p = args["dropout_p"] if args["training"] else 0.0
-    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_p)
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal)
     merged = output.permute(2, 0, 1, 3).flatten(2)
     return F.linear(merged if batched else merged.squeeze(1), args["out_proj_weight"], args["out_proj_bias"])
 

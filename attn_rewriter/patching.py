@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from attn_rewriter.api import compile_in_place
 from attn_rewriter.backend import Backend
 from attn_rewriter.options import Options
 from attn_rewriter.report import Report
@@ -96,8 +97,7 @@ class Patch:
                     self._inside.busy = False
             if outermost:
                 model = made[0] if isinstance(made, tuple) else made  # output_loading_info=True
-                backend = self._backend()
-                model.compile(backend=backend)
+                compile_in_place(model, self._backend())
             return made
 
         return wrapper

@@ -79,14 +79,16 @@ class Report:
     def __str__(self) -> str:
         from rich.console import Console
 
-        console = Console(width=max(100, min(160, Console().width)), force_terminal=False, no_color=True)
+        width = max(100, Console().width) if Console().is_terminal else 120
+        console = Console(width=width, force_terminal=False, no_color=True)
         with console.capture() as capture:
             console.print(self)
-        return capture.get().rstrip()
+        return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
 
     def __rich__(self) -> Any:
         from rich.console import Group
         from rich.table import Table
+        from rich.text import Text
 
         summary = f"{self.n_fused} of {self.n_sites} attention sites fused"
         if not self.sites:
@@ -95,7 +97,7 @@ class Report:
         for column in ("site", "line", "what it computes", "shapes", "kernel", "why"):
             table.add_column(column, overflow="fold")
         for modules, site in _grouped(self.sites):
-            table.add_row(
+            cells = (
                 modules,
                 _short(site.source),
                 str(site.spec) if site.spec is not None else "–",
@@ -103,6 +105,7 @@ class Report:
                 site.kernel or "eager",
                 "\n".join(refusal.reason for refusal in site.refusals),
             )
+            table.add_row(*map(Text, cells))
         return Group(table)
 
 

@@ -144,7 +144,7 @@ class Not(Predicate):
     def __str__(self) -> str:
         if isinstance(self.term, And):
             return " or ".join(str(~term) for term in self.term.terms)
-        return f"not ({self.term})"
+        return f"inverted {self.term}" if isinstance(self.term, TensorMask) else f"not ({self.term})"
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any, Union
 
 import sympy
@@ -24,7 +25,9 @@ from attn_rewriter.patterns.axes import Dim, Dims, extent, leaves
 from attn_rewriter.spec import (
     EVERY_KEY,
     NO_KEY,
+    And,
     Band,
+    Not,
     Predicate,
     Size,
     TensorMask,
@@ -133,16 +136,38 @@ class MaskReader:
     def boolean(self, node: Node, dims: Dims) -> Predicate:
         """A boolean tensor; one that can't be read further is a `TensorMask` of the node itself."""
         try:
-            return predicate(self.read(self.facts, node, coordinates(dims), self.until))
+            keep = predicate(self.read(self.facts, node, coordinates(dims), self.until))
         except (Unreadable, Refused):
             return TensorMask((node, dims), axes(dims))
+        return self._held(keep, node, dims)
 
     def additive(self, node: Node, dims: Dims, dtype: torch.dtype) -> Predicate | None:
         """What a float tensor keeps, if it is everywhere zero or masking (`is_masking`)."""
         try:
-            return _kept(self.read(self.facts, node, coordinates(dims), self.until), dtype)
+            keep = _kept(self.read(self.facts, node, coordinates(dims), self.until), dtype)
         except (Unreadable, Refused):
             return None
+        return None if keep is None else self._held(keep, node, dims)
+
+    def _held(self, keep: Predicate, node: Node, dims: Dims) -> Predicate:
+        """What `node` keeps, without tensors of the graphs around this one, which can't be operands here.
+
+        The mask itself takes the place of each of them and of its negation: what is built of these by `and` and `or`
+        alone grows with them, so that `mask = f(a, ~b)` is also `f(mask, mask)`.
+        """
+        whole = TensorMask((node, dims), axes(dims))
+
+        def rewritten(part: Predicate, negated: bool) -> Predicate:
+            if isinstance(part, Not):
+                return rewritten(part.term, not negated)
+            if isinstance(part, And):
+                joined = operator.or_ if negated else operator.and_
+                return reduce(joined, (rewritten(term, negated) for term in part.terms))
+            if isinstance(part, TensorMask) and part.tensor[0].graph is not self.facts.graph:  # type: ignore[index]
+                return whole
+            return ~part if negated else part
+
+        return rewritten(keep, False)
 
     def constant(self, value: Any, at: Node) -> float | None:
         """A number, also where it is spelled as a tensor of one element."""
@@ -153,6 +178,8 @@ class MaskReader:
         held = value.meta.get("example_value")
         if isinstance(held, (int, float)):
             return float(held)
+        if isinstance(held, (torch.SymInt, torch.SymFloat)):  # a number all the same where Dynamo guards on its value
+            return float(held.node.expr) if held.node.expr.is_number else None
         if tensor(value) is None or any(n != 1 for n in shape(value)):
             return None
         try:
@@ -180,17 +207,21 @@ class MaskReader:
                 given = facts.argument(node)
                 if given is None or facts.outer is None or facts.caller is None:
                     raise Unreadable("an input of the graph")
-                return self.read(facts.outer, given, at, facts.caller)
+                value = self.read(facts.outer, given, at, facts.caller)
+                if isinstance(value, Predicate) and facts is self.facts and facts.unchanged(node, self.until):
+                    dims = _whole(at, shape(node))
+                    return value if dims is None else self._held(value, node, dims)
+                return value
             call = facts.call(node)
             rule = _RULES.get(call.name) if call is not None else None
             if call is None or rule is None:
                 raise Unreadable(f"{node.target}")
             return rule(self, facts, node, call, at)
         except (Unreadable, Refused):
-            held = tensor(node)
-            dims = _whole(at, shape(node)) if held is not None and held.dtype == torch.bool else None
-            if dims is None or facts is not self.facts or not facts.unchanged(node, self.until):
-                raise  # a tensor of a graph around this one can't be an operand here
+            found = tensor(node)
+            dims = _whole(at, shape(node)) if found is not None and found.dtype == torch.bool else None
+            if dims is None or (facts is self.facts and not facts.unchanged(node, self.until)):
+                raise
             return TensorMask((node, dims), axes(dims))
 
     def argument(self, facts: Facts, node: Node, value: Any, at: tuple[Index, ...]) -> Value:
@@ -344,6 +375,15 @@ def copied(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[I
 
 @_reads("expand")
 def expanded(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
+    return reader.argument(facts, node, call["input"], at)
+
+
+@_reads("repeat", "tile")
+def repeated(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
+    """Whisper's `position_ids.repeat(batch, 1)`: only dimensions of size 1 grow."""
+    into, out = shape(call["input"]), shape(node)
+    if not all(same(n, 1) or same(n, wide) for n, wide in zip(into, out[len(out) - len(into) :])):
+        raise Unreadable("a repetition")
     return reader.argument(facts, node, call["input"], at)
 
 

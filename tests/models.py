@@ -32,7 +32,7 @@ class Architecture:
 
     @property
     def takes_padding(self) -> bool:
-        return self.kind not in ("image", "speech")
+        return self.kind != "image"
 
 
 _SEQ2SEQ = {

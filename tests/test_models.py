@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -122,6 +123,9 @@ class Graphs:
 def assert_all_fused(model: Any, n_sites: int) -> None:
     report = attn_rewriter.report_of(model)
     assert (report.n_fused, report.n_sites) == (n_sites, n_sites), f"expected {n_sites} fused sites\n{report}"
+    for site in report.sites:
+        assert site.module
+        model.get_submodule(site.module)
 
 
 def breaks() -> tuple[int, int]:
@@ -235,22 +239,40 @@ def _hidden_states(outputs: Any) -> Iterator[torch.Tensor]:
             yield x
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`")
+def checkpointed(model: Any) -> Any:
+    """With its layers checkpointed, for training: each is a graph of its own, called by a higher-order operator."""
+    model.config.use_cache = False  # else transformers logs a warning in the forward, which breaks the graph
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # transformers is about to rename the method
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
 @attentions
 @architectures
 def test_gradient_checkpointing(name: str, attention: str) -> None:
-    """A checkpointed layer is a graph of its own, called by a higher-order operator."""
     padding = "left" if ARCHITECTURES[name].takes_padding else ""
     graphs = Graphs()
-    model = optimized(name, attention, compiler=graphs).train()
-    model.config.use_cache = False  # else transformers logs a warning in the forward, which breaks the graph
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model = checkpointed(optimized(name, attention, compiler=graphs))
     fused = run(model, draws(name, padding))
-    calls = [str(node.target) for gm in graphs.graphs for node in gm.graph.nodes]
-    assert calls.count("tag_activation_checkpoint") > 0
+    (graph,) = graphs.graphs
+    assert any(str(node.target) == "tag_activation_checkpoint" for node in graph.graph.nodes)
     assert_all_fused(model, ARCHITECTURES[name].n_sites)
     assert breaks() == (1, 0)
     assert_as_accurate(fused, eager(name, attention, padding), truth(name, padding))
+
+
+@pytest.mark.parametrize("also", ["autocast", "dynamic"])
+@attentions
+@pytest.mark.parametrize("name", ["llama", "bert", "whisper"])
+def test_gradient_checkpointing_and(name: str, attention: str, also: str) -> None:
+    """Masks and numbers come into the bodies from outside."""
+    padding, autocast = "left", also == "autocast"
+    model = checkpointed(optimized(name, attention, dynamic=True if also == "dynamic" else None))
+    fused = run(model, draws(name, padding), autocast=autocast)
+    assert_all_fused(model, ARCHITECTURES[name].n_sites)
+    assert breaks() == (1, 0)
+    assert_as_accurate(fused, eager(name, attention, padding, autocast=autocast), truth(name, padding))
 
 
 @attentions
@@ -274,6 +296,34 @@ def test_dynamic_shapes(name: str, attention: str) -> None:
         assert_as_accurate(fused, eager(name, attention, padding, **shape), truth(name, padding, **shape))
     assert breaks() == (1, 0)
     assert_all_fused(model, ARCHITECTURES[name].n_sites)
+
+
+@attentions
+@pytest.mark.parametrize(("name", "rate"), [("gpt2", "attn_pdrop"), ("bert", "attention_probs_dropout_prob")])
+def test_dropout(name: str, rate: str, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training it is part of what a site computes, in evaluation it is not."""
+    monkeypatch.setitem(ARCHITECTURES[name].config, rate, 0.25)
+    for training in (True, False):
+        torch._dynamo.reset()
+        model = optimized(name, attention).train(training)
+        model(**inputs(name))
+        assert_all_fused(model, ARCHITECTURES[name].n_sites)
+        assert {site.spec.dropout_p for site in attn_rewriter.report_of(model).sites} == {0.25 * training}
+
+
+@pytest.mark.parametrize("name", ["llama", "bart"])
+def test_returned_weights(name: str) -> None:
+    """Someone wants to see the weights: then they are computed, bit by bit as before, and the report says why."""
+    given = inputs(name, "left")
+    model = build(name, "eager")
+    expected = model(**given, output_attentions=True)
+    outputs = attn_rewriter.optimize(model, compiler="eager", strict=True)(**given, output_attentions=True)
+    report = attn_rewriter.report_of(model)
+    assert (report.n_fused, report.n_sites) == (0, ARCHITECTURES[name].n_sites)
+    for site in report.sites:
+        assert any("weights are also returned" in refusal.reason for refusal in site.refusals)
+    for key in expected.keys() & {"logits", "attentions", "encoder_attentions", "decoder_attentions"}:
+        assert all(map(torch.equal, outputs[key], expected[key]))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -310,12 +360,7 @@ def test_generate(name: str, attention: str, cache: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "attention", "padding", "autocast"),
-    [
-        ("llama", "eager", "left", False),
-        ("gpt2", "eager", "", False),
-        ("bert", "sdpa", "right", False),
-        ("mistral", "eager", "", True),
-    ],
+    [("llama", "eager", "left", False), ("bert", "sdpa", "", True)],
 )
 def test_inductor(name: str, attention: str, padding: str, autocast: bool) -> None:
     model = optimized(name, attention, compiler="inductor")
@@ -325,13 +370,11 @@ def test_inductor(name: str, attention: str, padding: str, autocast: bool) -> No
     assert_as_accurate(fused, eager(name, attention, padding, autocast=autocast), truth(name, padding))
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`")
 def test_inductor_with_gradient_checkpointing() -> None:
-    model = optimized("opt", "eager", compiler="inductor").train()
-    model.config.use_cache = False
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model = checkpointed(optimized("opt", "eager", compiler="inductor"))
     fused = run(model, draws("opt", "left"))
     assert_all_fused(model, ARCHITECTURES["opt"].n_sites)
+    assert breaks() == (1, 0)
     assert_as_accurate(fused, eager("opt", "eager", "left"), truth("opt", "left"))
 
 

@@ -56,7 +56,10 @@ class Kernel:
 
     def refusals(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> list[str]:
         """Why this kernel cannot compute `spec`, a sentence each; empty means that it can."""
-        return self.limits.refusals(shapes, device)
+        reasons = self.limits.refusals(shapes, device)
+        if shapes.is_gqa and not isinstance(shapes.num_groups, int):
+            reasons.append("the number of heads that share a key is not known")
+        return reasons
 
     def __call__(self, spec: AttentionSpec, shapes: Shapes, device: Device, tensors: Tensors) -> torch.Tensor:
         """The output, `[batch, num_heads, q_len, head_dim_v]` in `shapes.dtype`.

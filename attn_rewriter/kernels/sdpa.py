@@ -82,4 +82,5 @@ def _with_one_layout_of_gradients(output: torch.Tensor, shapes: Shapes) -> torch
     output makes autograd reshape its gradient. Where the model goes on in this layout, as models do, it costs nothing.
     """
     merged = output.transpose(1, 2).flatten(1, 2)
-    return merged.unflatten(1, (-1, shapes.num_heads)).transpose(1, 2)
+    heads = shapes.num_heads if isinstance(shapes.num_heads, int) else output.size(1)
+    return merged.unflatten(1, (-1, heads)).transpose(1, 2)
