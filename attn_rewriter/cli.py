@@ -1,4 +1,4 @@
-"""`python -m attn_rewriter`: run an unmodified script with its attention rewritten, or look at what this machine can do."""
+"""`python -m attn_rewriter`: run an unmodified script with its attention rewritten, or see what this machine can do."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from attn_rewriter.describe import Description
 from attn_rewriter.device import Device
@@ -43,6 +44,8 @@ def emit(site: Site, found: Description, kernel: Kernel, device: Device, facts: 
             splice.replace(output, result, found.interior)
     except Refused as refused:
         return refused.refusal
+    except GuardOnDataDependentSymNode:
+        return Refusal("emit", "the kernel would decide by a size that only the run knows", output)
     fused.meta["attn_rewriter"] = kernel.name
     return fused
 

@@ -34,7 +34,6 @@ _PASSED = frozenset(
         "where",
         "masked_fill",
         "dropout",
-        "softmax",
     ]
 )
 
@@ -61,9 +60,9 @@ def find(facts: Facts) -> Iterator[Site]:
         elif call.name == "multi_head_attention_forward":
             yield Site("mha", node, node, call)
         elif call.name == "softmax" and _product_before(facts, node):
-            for output in _products_after(facts, node):
+            output = next(_products_after(facts, node), None)
+            if output is not None:
                 yield Site("softmax", node, output, call)
-                break
 
 
 def _product_before(facts: Facts, anchor: Node) -> bool:
@@ -76,7 +75,7 @@ def _product_before(facts: Facts, anchor: Node) -> bool:
         seen.add(node)
         if call.name in PRODUCTS:
             return True
-        if call.name in _PASSED - {"softmax"}:
+        if call.name in _PASSED:
             stack.extend(node.all_input_nodes)
             stack.extend(user for user in node.users if is_inplace(user))
     return False
@@ -93,5 +92,5 @@ def _products_after(facts: Facts, anchor: Node) -> Iterator[Node]:
         seen.add(node)
         if call.name in PRODUCTS:
             yield node
-        elif call.name in _PASSED - {"softmax", "add", "sub"}:
+        elif call.name in _PASSED - {"add", "sub"}:
             queue.extend(node.users)

@@ -353,8 +353,10 @@ def _nodes(argument: Any) -> list[Node]:
 
 
 def _writes(body: GraphModule) -> bool:
+    """Whether a body writes into what it did not make itself."""
     modules = dict(body.named_children())
-    return any(_written(node, modules) for node in body.graph.nodes)
+    given = {_storage(node) for node in body.graph.nodes if node.op in ("placeholder", "get_attr")} | {None}
+    return any(_storage(written) in given for node in body.graph.nodes for written in _written(node, modules))
 
 
 class Region(NamedTuple):

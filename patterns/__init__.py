@@ -1,1 +1,1 @@
-"""What attention looks like: recognition knowledge only, as small rules. Nothing here edits a graph or knows a kernel."""
+"""What attention looks like: recognition knowledge only, as small rules. Nothing here knows kernels or edits graphs."""

@@ -30,10 +30,14 @@ Result = dict[str, dict[str, torch.Tensor]]
 
 @pytest.fixture(autouse=True)
 def _fresh_dynamo() -> Iterator[None]:
+    """Nothing compiled yet, and one thread: these models are too small for more."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
+    torch.set_num_threads(n_threads)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -284,7 +284,7 @@ def test_doctor(device: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_unknown_names_raise_with_the_valid_ones(options: dict[str, Any], named: str, model: nn.Module) -> None:
-    with pytest.raises(ValueError, match="unknown|no kernel") as error:
+    with pytest.raises(ValueError, match=r"unknown|no kernel") as error:
         attn_rewriter.optimize(model, **options)
     assert named in str(error.value)
 
@@ -302,7 +302,7 @@ def test_what_is_no_model_raises(entry: Any, what: Any) -> None:
 
 
 def test_unknown_device_raises(model: nn.Module, x: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match="unknown device 'h200'.*'sm_90'"):
+    with pytest.raises(ValueError, match=r"unknown device 'h200'.*'sm_90'"):
         attn_rewriter.explain(model, x, device="h200")
 
 
@@ -339,7 +339,7 @@ def test_a_list_of_kernels_is_an_order(model: nn.Module, x: torch.Tensor, picky:
     attn_rewriter.optimize(model, kernel=["picky", "sdpa"], compiler="eager")(x)
     site = attn_rewriter.report_of(model).sites[0]
     assert site.kernel == "sdpa"
-    assert [refusal.reason for refusal in site.refusals][0] == "picky: runs on cuda, not on cpu"
+    assert site.refusals[0].reason == "picky: runs on cuda, not on cpu"
 
 
 def test_limits_by_capability() -> None:
@@ -379,7 +379,7 @@ def test_an_internal_error_leaves_the_site_as_it_is(model: nn.Module, x: torch.T
 def test_strict_raises_instead(model: nn.Module, x: torch.Tensor, monkeypatch: Any) -> None:
     monkeypatch.setitem(KERNELS, "broken", Broken())
     attn_rewriter.optimize(model, kernel=["broken"], compiler="eager", strict=True)
-    with pytest.raises(Exception, match="could not rewrite the attention at .*out of luck") as error:
+    with pytest.raises(Exception, match=r"could not rewrite the attention at .*out of luck") as error:
         model(x)
     assert "RewriteError" in str(error.value) or isinstance(error.value, RewriteError)
 
