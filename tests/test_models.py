@@ -138,15 +138,6 @@ def breaks() -> tuple[int, int]:
     return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
-def breaks_of_plain_compile(action: Callable[[Any], Any], model: Any) -> tuple[int, int]:
-    """What `breaks()` is when PyTorch alone compiles a model."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    model.compile(backend="eager")
-    action(model)
-    return breaks()
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # The tests' own ground
 
@@ -334,28 +325,41 @@ def test_returned_weights(name: str) -> None:
 # Generation
 
 
+def generate(model: Any, name: str, cache: str) -> torch.Tensor:
+    """Six tokens, greedily, for one whole prompt and others that are padded on the left."""
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    if cache != "dynamic":
+        options["cache_implementation"] = cache
+    return model.generate(**inputs(name, "left"), **options)
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @attentions
 @generating
 def test_generate(name: str, attention: str, cache: str) -> None:
-    """The same tokens, greedily; the first graph reads the prompts, of which one is whole and the others are padded
-    on the left, and the next go on from the cache. (`generate` calls an encoder by itself, not through the model's
-    compiled call.)"""
-
-    def generate(model: Any) -> torch.Tensor:
-        options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
-        if cache != "dynamic":
-            options["cache_implementation"] = cache
-        return model.generate(**inputs(name, "left"), **options)
-
+    """The same tokens; the first graph reads the prompts, the next go on from the cache. (`generate` calls an encoder
+    by itself, not through the model's compiled call.)"""
     model = optimized(name, attention)
-    tokens = generate(model)
+    tokens = generate(model, name, cache)
     n_graphs, n_breaks = breaks()
-    assert torch.equal(tokens, generate(build(name, attention)))
-    architecture = ARCHITECTURES[name]
     assert n_graphs >= 2
+    assert n_breaks == 0
+    architecture = ARCHITECTURES[name]
     assert_all_fused(model, n_graphs * (architecture.n_sites - architecture.n_encoder_sites))
-    assert (n_graphs, n_breaks) == breaks_of_plain_compile(generate, build(name, attention))
+    assert torch.equal(tokens, generate(build(name, attention), name, cache))
+
+
+@pytest.mark.parametrize(("name", "attention"), [("llama", "eager"), ("mistral", "sdpa"), ("whisper", "eager")])
+def test_generate_recompiles_no_more_than_without(name: str, attention: str) -> None:
+    """A rewritten graph asks no more of its sizes than Dynamo's own does."""
+    plain = build(name, attention)
+    plain.compile(backend="eager")
+    generate(plain, name, "dynamic")
+    expected = breaks()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    generate(optimized(name, attention), name, "dynamic")
+    assert breaks() == expected
 
 
 # ---------------------------------------------------------------------------------------------------------------
