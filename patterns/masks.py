@@ -319,9 +319,9 @@ def arange(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[I
     bounds = [size(b) for b in call["bounds"]]
     step = bounds[2] if len(bounds) == 3 else size(call["step"])
     start = bounds[0] if len(bounds) > 1 else 0
-    if _rounds(node) or not (bounds and _integral(start) and isinstance(step, int)):
+    if not (bounds and _integral(start) and isinstance(step, int)):
         raise Unreadable("arange over what is not an integer")
-    return at[0] * step + Index(start)
+    return _as_dtype(at[0] * step + Index(start), _dtype(node))
 
 
 @_reads("full", "full_like", "new_full", "ones", "ones_like", "new_ones", "zeros", "zeros_like", "new_zeros", "tensor")
@@ -333,27 +333,29 @@ def filled(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[I
         fill = call["data"]
         while isinstance(fill, (list, tuple)) and len(fill) == 1:
             fill = fill[0]
-    value = reader.read(facts, fill, (), node)
-    return _as_dtype(value, node)
+    return _as_dtype(reader.argument(facts, node, fill, at), _dtype(node))
 
 
 @_reads("cast")
 def cast(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
-    return _as_dtype(reader.argument(facts, node, call["input"], at), node)
+    return _as_dtype(reader.argument(facts, node, call["input"], at), _dtype(node))
 
 
-def _rounds(node: Node) -> bool:
-    """Whether a node's type can't hold every position: float32 can, up to 2**24."""
-    return tensor(node).dtype not in (torch.int32, torch.int64, torch.float32, torch.float64)  # type: ignore[union-attr]
+_POSITIONS = {torch.int32: 2**31 - 1, torch.int64: 2**63 - 1, torch.float32: 2**24, torch.float64: 2**53}
+"""The types that hold positions, and up to which; lengths that only the run knows are taken to be shorter."""
 
 
-def _as_dtype(value: Value, node: Node) -> Value:
+def _as_dtype(value: Value, dtype: torch.dtype) -> Value:
     """Convert as torch does: to bool by "not zero", to float with the type's range (overflow becomes infinite)."""
-    dtype = tensor(node).dtype  # type: ignore[union-attr]
 
     def convert(index: Index) -> Index:
         if index.terms or isinstance(index.offset, sympy.Expr):
-            if _rounds(node):
+            offset = index.offset
+            if isinstance(offset, float) and offset.is_integer():
+                offset = int(offset)
+            index = Index(offset, index.terms)
+            known = [abs(bound) for bound in index.range() if isinstance(bound, int)]
+            if not _integral(offset) or dtype not in _POSITIONS or max(known, default=0) > _POSITIONS[dtype]:
                 raise Unreadable(f"positions as {dtype}")
             return index
         try:
@@ -366,6 +368,10 @@ def _as_dtype(value: Value, node: Node) -> Value:
         return value
     converted = apply(convert, value)
     return predicate(converted) if dtype == torch.bool else converted
+
+
+def _dtype(node: Node) -> torch.dtype:
+    return tensor(node).dtype  # type: ignore[union-attr]
 
 
 @_reads("copy")
@@ -472,14 +478,14 @@ def where(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[In
     condition = predicate(reader.argument(facts, node, call["condition"], at))
     then = reader.argument(facts, node, call["input"], at)
     otherwise = reader.argument(facts, node, call["other"], at)
-    return _as_dtype(_where(condition, then, otherwise), node)
+    return _as_dtype(_where(condition, then, otherwise), _dtype(node))
 
 
 @_reads("masked_fill")
 def masked_fill(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
     mask = predicate(reader.argument(facts, node, call["mask"], at))
     fill = reader.argument(facts, node, call["value"], at)
-    return _as_dtype(_where(mask, fill, reader.argument(facts, node, call["input"], at)), node)
+    return _as_dtype(_where(mask, fill, reader.argument(facts, node, call["input"], at)), _dtype(node))
 
 
 def _where(condition: Predicate, then: Value, otherwise: Value) -> Value:
@@ -490,8 +496,11 @@ def _where(condition: Predicate, then: Value, otherwise: Value) -> Value:
 
 @_reads("lt", "le", "gt", "ge", "eq", "ne")
 def compared(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
-    left = reader.argument(facts, node, call["input"], at)
-    right = reader.argument(facts, node, call["other"], at)
+    """Both sides are compared in the type that torch gives them: in bfloat16, -9984 is -10000."""
+    operands = [call["input"], call["other"]]
+    sides = (tensor(x) if tensor(x) is not None else x if isinstance(x, (bool, int, float)) else 0 for x in operands)
+    dtype = torch.result_type(*sides)  # type: ignore[arg-type]
+    left, right = (_as_dtype(reader.argument(facts, node, x, at), dtype) for x in operands)
     return predicate(apply(lambda a, b: _truth(compare(a, b, call.name)), left, right))
 
 
@@ -521,7 +530,7 @@ def arithmetic(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tup
         if call.name not in ("add", "mul") or not all(isinstance(value, Predicate) for value in values):
             raise Unreadable("arithmetic of booleans")
         return values[0] & values[1] if call.name == "mul" else values[0] | values[1]  # type: ignore[operator]
-    return _as_dtype(apply(_ARITHMETIC[call.name], *values), node)
+    return _as_dtype(apply(_ARITHMETIC[call.name], *values), _dtype(node))
 
 
 def _product(a: Index, b: Index) -> Index:

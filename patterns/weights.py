@@ -23,4 +23,6 @@ def converted(weight: Node) -> Any:
 @weights(dropout(weight, number("p"), argument("training")))
 def dropped_out(weight: Node, p: float, training: bool) -> Any:
     """`nn.functional.dropout(weights, p=…, training=self.training)`."""
-    return (weight, Dropout(p)) if training and p > 0 else (weight,)
+    if not training or p == 0:
+        return (weight,)
+    return (weight, Dropout(p)) if 0 < p < 1 else None  # kernels take no p of 1

@@ -24,7 +24,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from attn_rewriter import Report
+from attn_rewriter import AttentionSpec, Device, Refusal, Report
+from attn_rewriter.choose import Choice, choose
+from attn_rewriter.spec import Mask, Shapes, TensorMask
 from tests.accuracy import assert_as_accurate, error, rounding_unit
 from tests.running import joined, rewritten, truth, with_gradients
 
@@ -684,6 +686,34 @@ def positions_made_as_uint8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT * 0.35).masked_fill(i > i[:, None], float("-inf")).softmax(-1) @ v
 
 
+@bug()
+def positions_that_overflow_int32(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same, further out."""
+    i = torch.arange(6, dtype=torch.int32) + (2**31 - 3)
+    return (q @ k.mT * 0.35).masked_fill((i > i[:, None]) & (torch.arange(6) != 0), float("-inf")).softmax(-1) @ v
+
+
+@bug()
+def mask_compared_in_bfloat16(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A comparison happens in the type of its tensor: -1e4 is -9984 on both sides."""
+    added = torch.full((6, 6), -1e4, dtype=torch.bfloat16).triu(1)
+    return (q @ k.mT * 0.35).masked_fill(added == -1e4, float("-inf")).softmax(-1) @ v
+
+
+@bug()
+def mask_compared_in_uint8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """257 is 1."""
+    drop = torch.ones(6, 6, dtype=torch.uint8).triu(1)
+    return (q @ k.mT * 0.35).masked_fill(drop == 257, float("-inf")).softmax(-1) @ v
+
+
+@bug()
+def positions_handed_on(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`torch.as_tensor` makes tensors of tensors, too."""
+    i = torch.as_tensor(torch.arange(6), dtype=torch.float32)
+    return (q @ k.mT * 0.35).masked_fill(i > i[:, None], float("-inf")).softmax(-1) @ v
+
+
 @bug(exact=False)
 def scores_outside_of_autocast(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The fused call would run where the value product does, and autocast round its query and key."""
@@ -799,6 +829,35 @@ def negative_scale_and_a_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def einsum_over_a_repeated_axis(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """einsum sums over an axis that one operand has in size 1."""
     return (torch.einsum("bhqd,bhkd->bhqk", q, k) * 0.3).softmax(-1) @ v
+
+
+@bug()
+def everything_dropped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Flash attention takes no dropout of 1."""
+    return F.dropout((q @ k.mT * 0.35).softmax(-1), 1.0, training=True) @ v
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_sizes_that_cuda_kernels_do_not_take(masked: bool) -> None:
+    """They raise from 65536 batches on, and read the wrong element of a mask from 2**32 on."""
+    modifiers = (Mask("mask0", TensorMask("mask0", ("query", "key")), "keep"),) if masked else ()
+    hopper, plain = Device("cuda", (9, 0)), Shapes(2, 8, 8, 64, 64, 64, 64, torch.bfloat16)
+    assert isinstance(choose(AttentionSpec(modifiers), plain, hopper), Choice)
+    assert isinstance(choose(AttentionSpec(modifiers), replace(plain, batch=2**16), hopper), Refusal)
+    long = choose(AttentionSpec(modifiers), replace(plain, q_len=2**17, kv_len=2**17), hopper)
+    assert isinstance(long, Refusal if masked else Choice)
+
+
+def test_size_that_only_the_run_knows() -> None:
+    """Where PyTorch would decide by it, the site stays as it is, without a word of warning."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        chosen = (k[0, 0, :, 0] > 0).nonzero().squeeze(-1)
+        return attention(q, k[:, :, chosen], v[:, :, chosen])
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        case = Bug(function, {}, False, torch.float32, True)
+        assert_sound(function, [case.inputs(seed) for seed in range(DRAWS)], exact=function)
 
 
 # -- names ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from attn_rewriter.device import Device
 from attn_rewriter.kernels.base import Kernel, Tensors
 from attn_rewriter.kernels.masking import keep_mask, summed_bias
-from attn_rewriter.spec import AttentionSpec, Band, Shapes
+from attn_rewriter.spec import EVERY_KEY, AffineForm, AttentionSpec, Band, Shapes
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -26,7 +26,23 @@ class SDPA(Kernel):
 
     def refusals(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> list[str]:
         form = spec.affine()
-        return [*super().refusals(spec, shapes, device), *([form] if isinstance(form, str) else [])]
+        reasons = super().refusals(spec, shapes, device)
+        return reasons + ([form] if isinstance(form, str) else self._too_large(form, shapes, device))
+
+    @staticmethod
+    def _too_large(form: AffineForm, shapes: Shapes, device: Device) -> list[str]:
+        """Sizes at which PyTorch's CUDA kernels raise (a grid of 2**16 blocks, pytorch#142228), or are wrong without a
+        word (offsets of 32 bits in memory-efficient attention, taken where flash is not, pytorch#187227)."""
+        reasons = []
+        if device.type == "cuda":
+            if any(isinstance(n, int) and n >= 2**16 for n in (shapes.batch, shapes.num_heads)):
+                reasons.append("its CUDA kernels take less than 65536 batches and heads")
+            flash = shapes.dtype in _HALF and not form.biases
+            flash = flash and form.keep.within(shapes.q_len, shapes.kv_len) in (EVERY_KEY, Band(None, 0))
+            scores = shapes.q_len * shapes.kv_len
+            if isinstance(scores, int) and scores > 2**32 and not flash:
+                reasons.append("its CUDA kernels for masks, biases and float32 take at most 2**32 scores a head")
+        return reasons
 
     def __call__(self, spec: AttentionSpec, shapes: Shapes, device: Device, tensors: Tensors) -> torch.Tensor:
         form = spec.affine()
