@@ -8,7 +8,7 @@ from operator import add, and_
 import torch
 
 from attn_rewriter.kernels.base import Tensors
-from attn_rewriter.spec import EVERY_KEY, AffineForm, Band, Mask, Shapes
+from attn_rewriter.spec import EVERY_KEY, AffineForm, Always, And, Band, Mask, Not, Predicate, Shapes, TensorMask
 
 
 def keep_mask(form: AffineForm, shapes: Shapes, tensors: Tensors) -> torch.Tensor | None:
@@ -37,6 +37,40 @@ def band_mask(band: Band, tensors: Tensors) -> torch.Tensor:
     if band.lower is not None:
         kept = kept & (distance >= band.lower)
     return kept if band.upper is None else kept & (distance <= band.upper)
+
+
+def holds(
+    predicate: Predicate, tensors: Tensors, b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor
+) -> torch.Tensor:
+    """A predicate at (batch, head, query, key), each an integer tensor: the 0-d ones of a FlexAttention `mask_mod`,
+    or `coordinates` that broadcast to the scores. Of the tensors, only those that the predicate names are read."""
+    match predicate:
+        case And(terms):
+            return reduce(and_, (holds(term, tensors, b, h, q, k) for term in terms))
+        case Not(term):
+            return ~holds(term, tensors, b, h, q, k)
+        case TensorMask(name):
+            held = tensors[str(name)]
+            return held[tuple(at if n != 1 else at * 0 for n, at in zip(held.shape, (b, h, q, k)))]
+        case Band(lower, upper):
+            distance = k - q
+            sides = [] if lower is None else [distance >= lower]
+            sides += [] if upper is None else [distance <= upper]
+            return reduce(and_, sides) if sides else distance == distance
+        case Always(value):
+            return (k == k) if value else (k != k)
+    raise NotImplementedError(f"{type(predicate).__name__} at coordinates")
+
+
+def coordinates(
+    batch: int, num_heads: int, q_len: int, kv_len: int, device: torch.device | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """All (batch, head, query, key), each along its own dimension."""
+    sizes = (batch, num_heads, q_len, kv_len)
+    b, h, q, k = (
+        torch.arange(n, device=device).view([-1 if i == axis else 1 for i in range(4)]) for axis, n in enumerate(sizes)
+    )
+    return b, h, q, k
 
 
 def summed_bias(form: AffineForm, tensors: Tensors) -> torch.Tensor | None:
