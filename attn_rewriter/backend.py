@@ -18,13 +18,15 @@ from attn_rewriter.report import Report
 class Backend:
     """A backend with its options, and a memory of what it rewrote.
 
-    The rewritten graph holds nothing but operations of PyTorch, so that the caches of AOTAutograd and Inductor work
-    as ever: they are keyed by the graph, and another option or version that rewrites differently makes another graph.
+    The rewritten graph holds operations of PyTorch, so that the caches of AOTAutograd and Inductor work as ever: they
+    are keyed by the graph, and another option or version that rewrites differently makes another graph. (Functions of
+    this package in it, as for FlexAttention, keep AOTAutograd from caching it; they are gone when Inductor sees it.)
     """
 
     def __init__(self, options: Options | None = None, *, device: Device | None = None, dry: bool = False) -> None:
         self.options = options or Options()
-        self.settings = Settings(self.options.kernel, device, self.options.strict, dry)
+        inductor = self.options.compiler == "inductor"
+        self.settings = Settings(self.options.kernel, device, self.options.strict, dry, inductor)
         self._compile = _compiler(self.options)
         self._reports: list[Report] = []
 

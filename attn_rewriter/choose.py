@@ -9,9 +9,12 @@ from typing import Union
 from attn_rewriter.device import Device
 from attn_rewriter.errors import KernelUnavailable, Refusal
 from attn_rewriter.kernels import KERNELS, Kernel
-from attn_rewriter.spec import AttentionSpec, Shapes
+from attn_rewriter.spec import EVERY_KEY, AttentionSpec, Band, Shapes
 
 Request = Union[str, Sequence[str]]
+
+FEW_QUERIES = 128
+"""Less than a block of FlexAttention."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +25,17 @@ class Choice:
     refused: tuple[Refusal, ...] = ()
 
 
-def order(device: Device) -> tuple[str, ...]:
-    """The kernels to try on a device in automatic mode, the preferred one first."""
-    return ("sdpa",)
+def order(spec: AttentionSpec, shapes: Shapes, device: Device) -> tuple[str, ...]:
+    """The kernels to try in automatic mode, the preferred one first.
+
+    SDPA's kernels are the fastest where the scores are nothing but scaled and causal. On CUDA they read a mask or bias
+    whole, where FlexAttention leaves out what is masked; for a few queries there is nothing to leave out.
+    """
+    form = spec.affine()
+    plain = not isinstance(form, str) and not form.biases and spec.sinks is None
+    plain = plain and spec.keep.within(shapes.q_len, shapes.kv_len) in (EVERY_KEY, Band(None, 0))
+    few = isinstance(shapes.q_len, int) and shapes.q_len < FEW_QUERIES
+    return ("sdpa", "flex") if plain or few or device.type != "cuda" else ("flex", "sdpa")
 
 
 def requested(kernel: Request) -> tuple[str, ...] | None:
@@ -39,15 +50,20 @@ def requested(kernel: Request) -> tuple[str, ...] | None:
     return names
 
 
-def choose(spec: AttentionSpec, shapes: Shapes, device: Device, kernel: Request = "auto") -> Choice | Refusal:
-    """The first usable kernel in the device's order, or in the order asked for.
+def choose(
+    spec: AttentionSpec, shapes: Shapes, device: Device, kernel: Request = "auto", *, inductor: bool = True
+) -> Choice | Refusal:
+    """The first usable kernel in the automatic order, or in the order asked for. Some are only chosen automatically
+    where Inductor will compile them.
 
     Raises `KernelUnavailable` where kernels were asked for by name and none of them can run.
     """
     names = requested(kernel)
     refused: list[Refusal] = []
-    for name in names or order(device):
+    for name in names or order(spec, shapes, device):
         reasons = KERNELS[name].refusals(spec, shapes, device)
+        if names is None and KERNELS[name].needs_inductor and not inductor:
+            reasons.append("only Inductor makes a fused kernel of it")
         if not reasons:
             return Choice(KERNELS[name], tuple(refused))
         refused += [Refusal("choose", f"{name}: {reason}") for reason in reasons]

@@ -6,6 +6,7 @@ off each operation on the way; the axes of every tensor are tracked, so that vie
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -21,7 +22,7 @@ from attn_rewriter.patterns.axes import Atom, Dim, Dims, backward, extent, fresh
 from attn_rewriter.patterns.masks import MaskReader
 from attn_rewriter.patterns.match import Matcher
 from attn_rewriter.patterns.operands import Factor, Operand, Product, State, product, trace
-from attn_rewriter.patterns.rule import Dropout, Fill, Rules
+from attn_rewriter.patterns.rule import Column, Dropout, Fill, Rules, Shift, Zeroed
 from attn_rewriter.patterns.scores import scores
 from attn_rewriter.patterns.weights import weights
 from attn_rewriter.spec import (
@@ -29,12 +30,15 @@ from attn_rewriter.spec import (
     AttentionSpec,
     Band,
     Bias,
+    Clamp,
     Mask,
     Modifier,
     Predicate,
     Scale,
     ScaleBy,
     Shapes,
+    Softcap,
+    conjunction,
     is_masking,
     same,
 )
@@ -113,6 +117,7 @@ class _Reading:
         self.reader = MaskReader(facts, site.output)
         self.matcher = Matcher(facts, self.reader.constant)
         self.operands: dict[str, Operand] = {}
+        self.kept: list[Predicate] = []  # by the masks, with the graph's tensors
         self.depth, self.refusal = -1, Refusal("describe", "nothing could be read", site.anchor)
 
     # -- the two kinds of sites ---------------------------------------------------------------------------------
@@ -134,20 +139,15 @@ class _Reading:
 
     def _check_weights(self, found: Product, factor: Factor, dims: dict[Any, Dim], after: _Chain) -> None:
         """The softmax must run over the keys, and each weight meet each value once."""
-        call = self.facts.call(self.site.anchor)
-        axis = call["dim"] if call is not None else None
-        if not isinstance(axis, int):
-            refuse("describe", "the softmax names no dimension", self.site.anchor)
-        if leaves(after.dims[axis % len(after.dims)]) != leaves(dims[found.contracted[0]]):
+        assert self.site.softmax is not None
+        if leaves(after.dims[self.site.softmax.dim]) != leaves(dims[found.contracted[0]]):
             refuse("describe", "the softmax runs over another axis than the value product contracts", self.site.anchor)
         if sum(label not in factor.labels for label in found.out) > 1:
             refuse("describe", "the weights are broadcast over several sets of values", found.node)
 
     def _before_softmax(self, found: Product, value: Factor, dims: dict[Any, Dim], after: _Chain) -> Description:
-        call = self.facts.call(self.site.anchor)
-        assert call is not None
-        start = self.facts.current(call["input"], self.site.anchor)
-        for before in self._walk(start, after.dims, scores, self._is_product):
+        assert self.site.softmax is not None
+        for before in self._walk(self.site.softmax.input, after.dims, scores, self._is_product):
             scored = product(before.node, self.facts.call(before.node), self.reader.constant)
             assert scored is not None
             return self._between(scored, before, found, value, dims, after)
@@ -160,7 +160,8 @@ class _Reading:
         self, scored: Product, before: _Chain, found: Product, value: Factor, dims: dict[Any, Dim], after: _Chain
     ) -> Description:
         """Both products are known: tell query from key, and the axes from each other."""
-        self._check_interior(after.nodes, before.nodes)
+        assert self.site.softmax is not None
+        self._check_interior((*after.nodes, *self.site.softmax.nodes), before.nodes)
         key_dim = leaves(dims[found.contracted[0]])
         axes = scored.labelled(before.dims)
         rows = [
@@ -177,12 +178,10 @@ class _Reading:
         self._product_operand("query", query, axes, scored.node, scaled=True)
         self._product_operand("key", key, axes, scored.node, scaled=True)
         self._product_operand("value", value, dims, found.node)
-        dropouts = [step.p for step, _ in after.steps if isinstance(step, Dropout)]
-        if len(dropouts) > 1:
-            refuse("describe", "the weights are dropped out twice", self.site.anchor)
         return self._finish(
             steps=(*((step, before.dims) for step in scored.steps), *before.steps),
-            dropout_p=sum(dropouts),
+            after=after.steps,
+            sink=self.site.softmax.sink,
             batch=[axes[x] for x in rest if x not in query_rows],
             named={
                 "query": sum((axes[x] for x in query_rows), ()),
@@ -191,7 +190,7 @@ class _Reading:
                 "head_dim_v": sum((dims[x] for x in found.out if x not in found.other(value).labels), ()),
             },
             output=tuple(dims[x] for x in found.out),
-            interior=(*after.nodes, *before.nodes),
+            interior=(*after.nodes, *self.site.softmax.nodes, *before.nodes),
             score_dtype=tensor(scored.node).dtype,  # type: ignore[union-attr]
         )
 
@@ -241,7 +240,7 @@ class _Reading:
             steps.append(Fill(mask, float("-inf"), keep=True) if is_bool else Bias(mask))
         return self._finish(
             steps=tuple((step, (*out[:-1], kv)) for step in steps),
-            dropout_p=dropout_p,
+            after=((Dropout(dropout_p), (*out[:-1], kv)),) if dropout_p else (),
             batch=[*out[:-2]],
             named={"query": out[-2], "key": kv, "head_dim": head_dim, "head_dim_v": out[-1]},
             output=out,
@@ -279,13 +278,16 @@ class _Reading:
             for bound in self.matcher.operation(rule.pattern, node, {}):
                 read = bound.pop("nodes")
                 peeled = rule.apply(**bound)
-                if peeled is not None and self._same_shape(peeled[0], node):
+                if peeled is not None and self._fits(peeled[0], node, peeled[1:]):
                     found = tuple((step, dims) for step in peeled[1:])
                     yield from self._walk(peeled[0], dims, rules, arrived, found + steps, (*nodes, *read))
 
     @staticmethod
-    def _same_shape(a: Node, b: Node) -> bool:
-        return len(shape(a)) == len(shape(b)) and all(map(same, shape(a), shape(b)))
+    def _fits(a: Node, b: Node, steps: Sequence[Any]) -> bool:
+        """Whether the dimensions of `b` are those of `a`, from which it was made. A column beside the keys does not
+        count: the keys' axis is that of the keys alone."""
+        end = -1 if any(isinstance(step, Column) for step in steps) else None
+        return len(shape(a)) == len(shape(b)) and all(map(same, shape(a)[:end], shape(b)[:end]))
 
     def _check_interior(self, late: Sequence[Node], early: Sequence[Node]) -> None:
         """Everything between the score product and the output must serve this attention alone, and run as the fused
@@ -331,27 +333,30 @@ class _Reading:
         self,
         *,
         steps: Steps,
-        dropout_p: float,
+        after: Steps,
         batch: list[Dim],
         named: dict[str, Dim],
         output: Dims,
         interior: tuple[Node, ...],
         score_dtype: torch.dtype,
+        sink: float | None = None,
     ) -> Description:
-        names = [self._register(step, dims) for step, dims in steps]
+        steps, sinks = self._without_column(steps, after, named["key"], sink)
+        steps = tuple(term for step in steps for term in self._terms(*step))
+        after = tuple((step, dims) for step, dims in after if not isinstance(step, Column))
+        names, late_names = ([self._register(step, dims) for step, dims in chain] for chain in (steps, after))
         layout = self._layout(batch, named)
         prescaled = self.operands["query"].origin.scale * self.operands["key"].origin.scale
         modifiers: list[Modifier] = [Scale(prescaled)]
-        for (step, _), name in zip(steps, names):
-            modifier = self._modifier(step, name, score_dtype)
+        for (step, dims), name in zip(steps, names):
+            modifier = self._modifier(step, dims, name, score_dtype)
+            if modifier is None:
+                continue
             if any(isinstance(earlier, Mask) for earlier in modifiers):
                 self._check_after_mask(modifier)
-            last = modifiers[-1]
-            if isinstance(modifier, Scale) and isinstance(last, Scale):
-                modifiers[-1] = Scale(last.factor * modifier.factor)
-            else:
-                modifiers.append(modifier)
-        spec = AttentionSpec(tuple(m for m in modifiers if m != Scale(1.0)), dropout_p)
+            modifiers = _followed_by(modifiers, modifier)
+        dropout_p, gates, zeroed = self._after_softmax(after, late_names)
+        spec = AttentionSpec(tuple(m for m in modifiers if m != Scale(1.0)), dropout_p, sinks, gates, zeroed)
         operands = {
             name: operand.best(layout.of(name), broadcast=name not in ("query", "key", "value"))
             for name, operand in self.operands.items()
@@ -361,39 +366,141 @@ class _Reading:
                 refuse("describe", f"the {name} has an axis that does not belong to it", state.node)
         return Description(spec, self._shapes(spec, layout, operands, score_dtype), operands, layout, output, interior)
 
+    def _without_column(self, steps: Steps, after: Steps, key: Dim, sink: float | None) -> tuple[Steps, Any]:
+        """The steps without the column of the sinks, and the sinks: a name, a number or None."""
+        before = [i for i, (step, _) in enumerate(steps) if isinstance(step, Column)]
+        dropped = [(step, dims) for step, dims in after if isinstance(step, Column)]
+        if not before and not dropped:
+            if sink is not None and any(isinstance(step, Shift) for step, _ in steps):
+                refuse("describe", "scores are shifted before a softmax with a constant sink", self.site.anchor)
+            return steps, sink
+        if not (len(before) == len(dropped) == 1) or sink is not None:
+            refuse("describe", "a column that stands beside the keys is not taken away again", self.site.anchor)
+        (i,) = before
+        column, dims = steps[i]
+        if column.side != dropped[0][0].side or any(leaves(d[-1]) != leaves(key) for d in (dims, dropped[0][1])):
+            refuse("describe", "another column is taken away than was put beside the keys", self.site.anchor)
+        together = [step for step, _ in steps[i + 1 :]] + [s for s, _ in after[: after.index(dropped[0])]]
+        if not all(isinstance(step, (Shift, Dropout)) for step in together):
+            refuse("describe", "more is done to scores and sinks together than a softmax", self.site.anchor)
+        if any(isinstance(step, Shift) for step, _ in steps[:i]):
+            refuse("describe", "scores are shifted before sinks stand beside them", self.site.anchor)
+        sinks = column.sinks
+        if isinstance(sinks, Node):
+            sinks = self._score_operand("sinks", sinks, dims)
+        return steps[:i] + steps[i + 1 :], sinks
+
+    def _terms(self, step: Any, dims: Dims) -> Steps:
+        """A bias that is a sum (T5's positions and mask), as its terms."""
+        if isinstance(step, Bias) and step.factor == 1 and isinstance(step.tensor, Node):
+            call = self.facts.call(step.tensor)
+            if call is not None and call.name == "add" and call["alpha"] == 1 and self._is_open(step.tensor, call):
+                terms = [self.facts.current(call[side], step.tensor) for side in ("input", "other")]
+                return tuple(part for term in terms for part in self._terms(Bias(term), dims))
+        return ((step, dims),)
+
+    def _is_open(self, node: Node, call: Call) -> bool:
+        """Whether a sum may be computed as its terms instead."""
+        terms = [call["input"], call["other"]]
+        held = [tensor(term) for term in terms]
+        if any(value is None or value.dtype != tensor(node).dtype for value in held):  # type: ignore[union-attr]
+            return False
+        try:
+            current = [self.facts.current(term, node) for term in terms]
+        except Refused:
+            return False
+        return self.facts.region(node) == self.facts.region(self.site.output) and all(
+            self.facts.unchanged(term, None if tensor(self.site.output).requires_grad else self.site.output)  # type: ignore[union-attr]
+            for term in current
+        )
+
+    def _after_softmax(self, after: Steps, names: list[str | None]) -> tuple[float, tuple[ScaleBy, ...], bool]:
+        """What the weights go through: the dropout, the gates, and whether rows without any key are zero."""
+        dropouts, gates, zeroed = [], [], False
+        for (step, _), name in zip(after, names):
+            match step:
+                case Dropout(p):
+                    dropouts.append(p)
+                case ScaleBy():
+                    origin = self.operands[str(name)].origin
+                    if any(atom.axis == "key" for atom in origin.atoms):
+                        refuse("describe", "weights are multiplied by a tensor that varies over the keys", origin.node)
+                    gates.append(ScaleBy(name, step.inverse))
+                case Zeroed():
+                    if step.condition is not None:
+                        self._check_zeroed(step, str(name))
+                    zeroed = True
+        if len(dropouts) > 1:
+            refuse("describe", "the weights are dropped out twice", self.site.anchor)
+        return sum(dropouts), tuple(gates), zeroed
+
+    def _check_zeroed(self, step: Zeroed, name: str) -> None:
+        """Weights may be set to zero after the softmax where the scores were masked before it."""
+        operand = self.operands.pop(name).origin
+        read = self.reader.boolean(operand.node, operand.dims)
+        kept = read if step.keep else ~read
+        before = conjunction(self.kept)
+        if conjunction((before, kept)) != before:
+            refuse("describe", "weights are set to zero after the softmax that were not masked before", operand.node)
+
     def _check_after_mask(self, modifier: Modifier) -> None:
         """What is done to scores after they were masked must leave the masked ones so low that nobody attends."""
-        if isinstance(modifier, ScaleBy):
-            refuse("describe", "scores are scaled by a tensor after a mask", self.site.anchor)
-        if isinstance(modifier, Scale) and not modifier.factor * MASKED < -1e3:
-            refuse("describe", f"scores are scaled by {modifier.factor:g} after a mask", self.site.anchor)
+        match modifier:
+            case ScaleBy():
+                refuse("describe", "scores are scaled by a tensor after a mask", self.site.anchor)
+            case Scale(factor) if not factor * MASKED < -1e3:
+                refuse("describe", f"scores are scaled by {factor:g} after a mask", self.site.anchor)
+            case Softcap():
+                refuse("describe", f"scores go through {modifier} after a mask", self.site.anchor)
+            case Clamp(lower) if not lower < -1e3:
+                refuse("describe", f"scores go through {modifier} after a mask", self.site.anchor)
 
     def _register(self, step: Any, dims: Dims) -> str | None:
-        if isinstance(step, Fill):
-            return self._score_operand("mask", step.condition, dims)
-        if isinstance(step, Bias):
-            return self._score_operand("bias", step.tensor, dims)  # type: ignore[arg-type]
-        if isinstance(step, ScaleBy):
-            return self._score_operand("scale", step.factor, dims)  # type: ignore[arg-type]
+        match step:
+            case Fill():
+                return self._score_operand("mask", step.condition, dims)
+            case Zeroed() if step.condition is not None:
+                return self._score_operand("zeroed", step.condition, dims)
+            case Bias(tensor=node):
+                return self._score_operand("bias", node, dims)  # type: ignore[arg-type]
+            case ScaleBy():
+                return self._score_operand("scale", step.factor, dims)  # type: ignore[arg-type]
         return None
 
-    def _modifier(self, step: Any, name: str | None, score_dtype: torch.dtype) -> Modifier:
-        """A step as a modifier of the spec: its tensor by name, and read as a mask where it is one."""
+    def _modifier(self, step: Any, dims: Dims, name: str | None, score_dtype: torch.dtype) -> Modifier | None:
+        """A step as a modifier of the spec: its tensor by name, and read as a mask where it is one. None where it
+        changes nothing."""
+        if isinstance(step, Shift):
+            self._check_shift(step, dims)
+            return None
+        if isinstance(step, Clamp):
+            lower = -math.inf if is_masking(step.lower, score_dtype) else step.lower
+            return None if (lower, step.upper) == (-math.inf, math.inf) else Clamp(lower, step.upper)
         if name is None:
             return step
         origin = self.operands[name].origin
         if isinstance(step, Fill):
             if not is_masking(step.value, score_dtype):
                 refuse("describe", f"scores are filled with {step.value:g}, which is no mask", origin.node)
-            kept = self._named(self.reader.boolean(origin.node, origin.dims), name, origin)
-            return Mask(name, kept if step.keep else ~kept, "keep" if step.keep else "drop")
+            read = self.reader.boolean(origin.node, origin.dims)
+            return self._mask(name, read if step.keep else ~read, "keep" if step.keep else "drop", origin)
         if isinstance(step, Bias):
             dtype = torch.promote_types(score_dtype, self.operands[name].states[0].dtype or score_dtype)
-            read = self.reader.additive(origin.node, origin.dims, dtype) if step.factor == 1 else None
-            return Bias(name, step.factor) if read is None else Mask(name, self._named(read, name, origin), "additive")
-        if any(atom.axis == "key" for atom in origin.atoms):
-            refuse("describe", "scores are multiplied by a tensor that varies over the keys", origin.node)
-        return ScaleBy(name, step.inverse)
+            kept = self.reader.additive(origin.node, origin.dims, dtype) if step.factor == 1 else None
+            return Bias(name, step.factor) if kept is None else self._mask(name, kept, "additive", origin)
+        return ScaleBy(name, step.inverse, any(atom.axis == "key" for atom in origin.atoms))
+
+    def _mask(self, name: str, kept: Predicate, form: str, origin: State) -> Mask:
+        self.kept.append(kept)
+        return Mask(name, self._named(kept, name, origin), form)
+
+    def _check_shift(self, step: Shift, dims: Dims) -> None:
+        """What is taken off the scores must be the same for all keys of a row."""
+        if isinstance(step.by, Node):
+            sizes = shape(step.by)
+            own = [dim for n, dim in zip(sizes, dims[len(dims) - len(sizes) :]) if not same(n, 1)]
+            if any(atom.axis == "key" for dim in own for atom in leaves(dim)):
+                refuse("describe", "scores are shifted by a tensor that varies over the keys", step.by)
 
     def _named(self, keep: Predicate, mask: str, origin: State) -> Predicate:
         """Give the tensors inside a predicate names: the mask's own to the one that is the whole mask."""
@@ -452,3 +559,18 @@ class _Reading:
             dtype=reduce(torch.promote_types, dtypes),
             needs_backward=output.requires_grad,
         )
+
+
+def _followed_by(modifiers: list[Modifier], modifier: Modifier) -> list[Modifier]:
+    """Modifiers with one more at the end. Scales and clamps are joined with the one before; a scale also across a
+    cap: `factor * cap * tanh(x / cap)` is a cap of `factor * cap` on `factor * x`."""
+    *rest, last = modifiers or [Scale(1.0)]
+    if isinstance(modifier, Scale):
+        if isinstance(last, Scale):
+            return [*rest, Scale(last.factor * modifier.factor)]
+        if isinstance(last, Softcap) and modifier.factor > 0:
+            return [*_followed_by(rest, modifier), Softcap(last.cap * modifier.factor)]
+    if isinstance(modifier, Clamp) and isinstance(last, Clamp):
+        low, high = (min(max(x, modifier.lower), modifier.upper) for x in (last.lower, last.upper))
+        return [*rest, Clamp(low, high)]
+    return [*rest, last, modifier]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
@@ -53,14 +54,17 @@ def emit(site: Site, found: Description, kernel: Kernel, device: Device, facts: 
 _PRODUCT = ("query", "key", "value")
 
 
-class _Operands(Mapping[str, Any]):
-    """A kernel's tensors as stand-ins; an operand enters the graph when the kernel asks for it, and once."""
+class _Operands(Mapping[Any, Any]):
+    """A kernel's tensors as stand-ins, and the sizes that are symbols; each enters the graph when the kernel asks for
+    it, and once."""
 
     def __init__(self, found: Description, splice: Splice) -> None:
         self._found, self._splice = found, splice
         self._made: dict[str, Any] = {}
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: Any) -> Any:
+        if isinstance(name, sympy.Expr):
+            return self._splice.size(name)
         if name not in self._made:
             state = self._found.operands[name]
             proxy = self._splice.stand_in(state.node)

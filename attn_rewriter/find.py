@@ -12,29 +12,15 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from attn_rewriter.graph import Call, Facts, is_inplace
+from attn_rewriter.patterns.masks import MaskReader
+from attn_rewriter.patterns.match import Matcher
+from attn_rewriter.patterns.softmax import Softmax, read_softmax
 
 PRODUCTS = frozenset({"matmul", "baddbmm", "einsum"})
 # Operations that a walk from the softmax to a product may meet: elementwise ones, views, casts and selections.
 _PASSED = frozenset(
-    [
-        "add",
-        "sub",
-        "mul",
-        "div",
-        "neg",
-        "tanh",
-        "cast",
-        "copy",
-        "permute",
-        "reshape",
-        "expand",
-        "repeat",
-        "repeat_interleave",
-        "getitem",
-        "where",
-        "masked_fill",
-        "dropout",
-    ]
+    "add sub mul div neg tanh clamp maximum minimum max amax unpack detach cast copy permute reshape expand repeat "
+    "repeat_interleave getitem where masked_fill nan_to_num append pad dropout".split()  # noqa: SIM905
 )
 
 
@@ -46,11 +32,13 @@ class Site:
     anchor: Node
     output: Node
     call: Call
+    softmax: Softmax | None = None
 
 
 def find(facts: Facts) -> Iterator[Site]:
     """The sites of one graph, in the order of the model. A softmax without a product on both sides, such as a
     router's or a loss function's, is no site."""
+    matcher = Matcher(facts, MaskReader(facts, next(reversed(facts.graph.nodes))).constant)
     for node in facts.graph.nodes:
         call = facts.call(node)
         if call is None:
@@ -59,14 +47,14 @@ def find(facts: Facts) -> Iterator[Site]:
             yield Site("sdpa", node, node, call)
         elif call.name == "multi_head_attention_forward":
             yield Site("mha", node, node, call)
-        elif call.name == "softmax" and _product_before(facts, node):
+        elif (softmax := read_softmax(node, call, matcher)) is not None and _product_before(facts, softmax):
             output = next(_products_after(facts, node), None)
             if output is not None:
-                yield Site("softmax", node, output, call)
+                yield Site("softmax", node, output, call, softmax)
 
 
-def _product_before(facts: Facts, anchor: Node) -> bool:
-    seen, stack = {anchor}, list(anchor.all_input_nodes)
+def _product_before(facts: Facts, softmax: Softmax) -> bool:
+    seen, stack = set(softmax.nodes), [softmax.input]
     while stack:
         node = stack.pop()
         call = facts.call(node)

@@ -52,8 +52,24 @@ pow(input, exponent): torch.pow operator.pow .pow .__pow__
 sqrt(input): torch.sqrt .sqrt math.sqrt torch.sym_sqrt
 rsqrt(input): torch.rsqrt .rsqrt
 reciprocal(input): torch.reciprocal .reciprocal
-tanh(input): torch.tanh .tanh
+tanh(input): torch.tanh F.tanh .tanh
+exp(input): torch.exp .exp
+clamp(input, min=None, max=None): torch.clamp torch.clip .clamp .clip
+clamp(input, min, max=None): torch.clamp_min .clamp_min
+clamp(input, max, min=None): torch.clamp_max .clamp_max
+maximum(input, other): torch.maximum .maximum
+minimum(input, other): torch.minimum .minimum
+max(input, dim=None, keepdim=False): torch.max .max
+min(input, dim=None, keepdim=False): torch.min .min
+amax(input, dim=(), keepdim=False): torch.amax .amax
+sum(input, dim=None, keepdim=False, dtype=None): torch.sum .sum
+logsumexp(input, dim, keepdim=False): torch.logsumexp .logsumexp
+nan_to_num(input, nan=None, posinf=None, neginf=None): torch.nan_to_num .nan_to_num
+cat(tensors, dim=0): torch.cat torch.concat torch.concatenate
+pad(input, pad, mode="constant", value=None): F.pad torch._C._nn.pad
+chunk(input, chunks, dim=0): torch.chunk .chunk
 cast(input): .to .type .type_as .float .half .bfloat16 .double .bool .int .long ._to_copy
+detach(input): torch.detach .detach
 copy(input): torch.clone .clone .contiguous
 permute(input, *dims): torch.permute .permute
 transpose(input, dim0, dim1): torch.transpose torch.swapaxes torch.swapdims .transpose .swapaxes .swapdims
@@ -248,7 +264,7 @@ def _normalise(found: Call, node: Node) -> Call | None:
         return Call(name, {"input": args["input"], "dims": tuple(d % ndim for d in args["dims"])})
     if name == "getitem":
         if ndim is None:
-            return None
+            return Call("unpack", args)
         index = args["index"] if isinstance(args["index"], tuple) else (args["index"],)
         if all(item is None or item is Ellipsis or item == slice(None) for item in index):
             return Call("reshape", {"input": args["input"]})
@@ -259,6 +275,10 @@ def _normalise(found: Call, node: Node) -> Call | None:
         return None
     if name == "where_method":
         return Call("where", args)
+    if name == "cat" and len(args["tensors"]) == 2:
+        return Call("append", {"input": args["tensors"][0], "other": args["tensors"][1], "dim": args["dim"]})
+    if name in ("max", "min") and tensor(args["dim"]) is not None:
+        return Call(f"{name}imum", {"input": args["input"], "other": args["dim"]})
     return found
 
 
@@ -394,6 +414,7 @@ class Facts:
         self._calls: dict[Node, Call | None] = {}
         self._writes: dict[int | None, list[Node]] = {}
         self._regions: dict[Node, Region] = {}
+        self.inserted: list[Node] = []
         region = self._start()
         for node in self.graph.nodes:
             self._regions[node] = region
@@ -454,6 +475,7 @@ class Facts:
 
     def replace(self, old: Node, new: list[Node], result: Node) -> None:
         """`result`, one of the `new` nodes that were inserted before `old`, takes its place."""
+        self.inserted += new
         self.position.update(dict.fromkeys(new, self.position[old]))
         self._regions.update(dict.fromkeys(new, self._regions[old]))
         self._writes[_storage(result)] = self._writes.get(_storage(old), [])

@@ -19,6 +19,7 @@ from attn_rewriter.find import Site, find
 from attn_rewriter.graph import Facts, module_path, source, tensor
 from attn_rewriter.lower import lower, obstacle
 from attn_rewriter.report import Report, SiteReport
+from attn_rewriter.splice import share
 
 log = logging.getLogger("attn_rewriter")
 
@@ -26,12 +27,14 @@ log = logging.getLogger("attn_rewriter")
 @dataclass(frozen=True)
 class Settings:
     """What the pipeline is told: the kernels to choose from, the device to choose for (None: the tensors' own),
-    whether something unexpected raises, and whether to choose only and replace nothing."""
+    whether something unexpected raises, whether to choose only and replace nothing, and whether Inductor will compile
+    the graph."""
 
     kernel: Request = "auto"
     device: Device | None = None
     strict: bool = False
     dry: bool = False
+    inductor: bool = True
 
 
 def rewrite(gm: GraphModule, settings: Settings) -> Report:
@@ -40,6 +43,7 @@ def rewrite(gm: GraphModule, settings: Settings) -> Report:
     sites: list[SiteReport] = []
     for facts in _graphs(gm):
         sites += _rewrite(facts, settings)
+        share(facts)
         owner = facts.graph.owning_module
         assert owner is not None
         owner.recompile()
@@ -85,7 +89,7 @@ def _rewrite_site(site: Site, facts: Facts, settings: Settings, unread: SiteRepo
     output = tensor(site.output)
     assert output is not None
     device = settings.device or Device.of(output.device)
-    choice = choose(found.spec, found.shapes, device, settings.kernel)
+    choice = choose(found.spec, found.shapes, device, settings.kernel, inductor=settings.inductor)
     read = replace(unread, spec=found.spec, shapes=found.shapes)
     if isinstance(choice, Refusal):
         return replace(read, refusals=(choice,))

@@ -1,9 +1,10 @@
 """What an attention site computes, as one frozen value that knows nothing of graphs.
 
-    weights = dropout(softmax(modifiers(query @ keyᵀ)))        output = weights @ value
+    weights = dropout(softmax(modifiers(query @ keyᵀ)))        output = gates(weights @ value)
 
 The modifiers are an ordered tuple, because their order is part of the meaning (Gemma-2 caps its scores, then
-masks them). Tensors appear by name; whoever holds the spec holds a mapping from these names to operands.
+masks them). With sinks, the softmax has one more score in each row, which takes its share of the weight and has no
+value. Tensors appear by name; whoever holds the spec holds a mapping from these names to operands.
 
 Layouts: query `[batch, num_heads, q_len, head_dim]`, key `[batch, num_kv_heads, kv_len, head_dim]`, value
 `[batch, num_kv_heads, kv_len, head_dim_v]`; biases and masks broadcast to `[batch, num_heads, q_len, kv_len]`.
@@ -220,11 +221,12 @@ class Scale:
 
 @dataclass(frozen=True)
 class ScaleBy:
-    """`score * factor`, or `score / factor` if `inverse`. The factor, a tensor or a number that only the run knows,
-    does not vary over the keys, so that it may be multiplied into the query."""
+    """`score * factor`, or `score / factor` if `inverse`, by a tensor or a number that only the run knows. Where it
+    does not vary over the keys (not `per_key`) it may be multiplied into the query, or, as a gate, into the output."""
 
     factor: Hashable
     inverse: bool = False
+    per_key: bool = False
 
     def apply(self, x: Any, tensors: Any) -> Any:
         factor = tensors[self.factor]
@@ -261,7 +263,28 @@ class Mask:
         return str(self.keep)
 
 
-Modifier = Union[Scale, ScaleBy, Bias, Mask]
+@dataclass(frozen=True)
+class Softcap:
+    """`cap * tanh(score / cap)`, which keeps scores within ±cap (Gemma-2, https://arxiv.org/abs/2408.00118)."""
+
+    cap: float
+
+    def __str__(self) -> str:
+        return f"softcap {self.cap:g}"
+
+
+@dataclass(frozen=True)
+class Clamp:
+    """`min(max(score, lower), upper)`."""
+
+    lower: float = -math.inf
+    upper: float = math.inf
+
+    def __str__(self) -> str:
+        return f"clamp [{self.lower:g}, {self.upper:g}]"
+
+
+Modifier = Union[Scale, ScaleBy, Bias, Mask, Softcap, Clamp]
 
 MASKED = -1e9
 """An additive constant at or below this (in float16: at or below its lowest finite number) is read as a mask."""
@@ -281,19 +304,30 @@ class AffineForm:
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """What a site computes. `modifiers` apply to `query @ keyᵀ` from left to right."""
+    """What a site computes. `modifiers` apply to `query @ keyᵀ` from left to right, `gates` to the output; `sinks` is
+    the additional score of each row, a tensor's name or a number. With `zero_rows`, a row in which every key is masked
+    gives zeros; otherwise such rows are unspecified."""
 
     modifiers: tuple[Modifier, ...] = ()
     dropout_p: float = 0.0
+    sinks: Hashable | float | None = None
+    gates: tuple[ScaleBy, ...] = ()
+    zero_rows: bool = False
 
     @property
     def numeric(self) -> frozenset[str]:
         """The names of the tensors whose values enter the arithmetic; those of masks only choose."""
-        biases = {str(m.tensor) for m in self.modifiers if isinstance(m, Bias)}
-        return frozenset(biases | {str(m.factor) for m in self.modifiers if isinstance(m, ScaleBy)})
+        named = [m.tensor for m in self.modifiers if isinstance(m, Bias)]
+        named += [m.factor for m in (*self.modifiers, *self.gates) if isinstance(m, ScaleBy)]
+        return frozenset(name for name in (*named, self.sinks) if isinstance(name, str))
+
+    @property
+    def keep(self) -> Predicate:
+        """What all masks together keep."""
+        return conjunction(m.keep for m in self.modifiers if isinstance(m, Mask))
 
     def affine(self) -> AffineForm | str:
-        """The modifiers as an `AffineForm`, or the reason why their order does not allow it."""
+        """The modifiers as an `AffineForm`, or the reason why they are none."""
         scale = 1.0
         query_scales: list[ScaleBy] = []
         biases: list[tuple[str, float]] = []
@@ -304,18 +338,24 @@ class AttentionSpec:
                     scale *= factor
                     biases = [(name, f * factor) for name, f in biases]
                 case ScaleBy():
-                    if biases:
-                        return "scores are scaled by a tensor after a bias"
+                    if biases or modifier.per_key:
+                        what = "that varies over the keys" if modifier.per_key else "after a bias"
+                        return f"scores are scaled by a tensor {what}"
                     query_scales.append(modifier)
                 case Bias(tensor, factor):
                     biases.append((str(tensor), factor))
                 case Mask():
                     masks.append(modifier)
-        keep = conjunction(mask.keep for mask in masks)
-        return AffineForm(scale, tuple(query_scales), tuple(biases), tuple(masks), keep)
+                case Softcap() | Clamp():
+                    return f"scores go through {modifier}"
+        return AffineForm(scale, tuple(query_scales), tuple(biases), tuple(masks), self.keep)
 
     def __str__(self) -> str:
-        words = [str(modifier) for modifier in self.modifiers] or ["plain"]
+        words = [str(modifier) for modifier in self.modifiers]
+        if self.sinks is not None:
+            words.append("sinks" if isinstance(self.sinks, str) else f"sink {self.sinks:g}")
+        words += ["gate"] * len(self.gates)
+        words = words or ["plain"]
         return ", ".join([*words, f"dropout {self.dropout_p:g}"] if self.dropout_p else words)
 
 

@@ -112,8 +112,30 @@ class Splice:
 
 
 def run(node: Node, mode: Any, value_of: Callable[[Node], Any] = lambda node: node.meta["example_value"]) -> Any:
-    """A node's result on the fake values of its arguments, under their fake mode."""
+    """A node's result on the fake values of its arguments, under their fake mode. A function may have a `fake` of its
+    own."""
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), value_of)
     target: Any = getattr(torch.Tensor, str(node.target)) if node.op == "call_method" else node.target
+    target = getattr(target, "fake", target)
     with mode or nullcontext():
         return target(*args, **kwargs)
+
+
+_VIEWS = {"permute", "reshape", "expand", "getitem", "cast"}
+
+
+def share(facts: Facts) -> None:
+    """Let each of the equal views, and of the equal calls of functions with `is_shared`, that were put into a graph be
+    computed once: layers have the same mask."""
+    first: dict[Any, Node] = {}
+    for node in [*facts.inserted]:
+        found = facts.call(node)
+        if not (found is not None and found.name in _VIEWS) and not getattr(node.target, "is_shared", False):
+            continue
+        if node._erased or not all(map(facts.unchanged, (node, *node.all_input_nodes))):
+            continue
+        key = (node.target, repr(node.args), repr(node.kwargs), facts.region(node))
+        held = first.setdefault(key, node)
+        if held is not node:
+            node.replace_all_uses_with(held)
+            facts.graph.erase_node(node)

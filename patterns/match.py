@@ -15,7 +15,8 @@ from torch.fx import Node
 
 from attn_rewriter.graph import Facts, tensor
 
-_COMMUTATIVE = {"add", "mul"}
+_COMMUTATIVE = {"add", "mul", "maximum", "minimum"}
+_REDUCING = {"max", "amax", "unpack", "getitem", "reshape", "permute", "expand", "cast", "copy", "detach"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +80,18 @@ def argument(name: str) -> Variable:
     return Variable(name, {}, "argument")
 
 
+@dataclass(frozen=True, eq=False)
+class Reduced(Pattern):
+    """Stands for what is computed from `of` by reductions, views and casts alone, such as its row maximum; `name` is
+    the name of the result."""
+
+    of: Pattern = Pattern("", {})
+
+
+def reduced(name: str, of: Pattern) -> Reduced:
+    return Reduced(name, {}, of)
+
+
 def masked_fill(input: Any, mask: Any, value: Any) -> Pattern:
     return Pattern("masked_fill", {"input": input, "mask": mask, "value": value})
 
@@ -87,12 +100,53 @@ def where(condition: Any, input: Any, other: Any) -> Pattern:
     return Pattern("where", {"condition": condition, "input": input, "other": other})
 
 
-def tanh(input: Any) -> Pattern:
-    return Pattern("tanh", {"input": input})
+def _of_one(name: str) -> Callable[[Any], Pattern]:
+    """The pattern of an operation with one input."""
+    return lambda input: Pattern(name, {"input": input})
 
 
-def cast(input: Any) -> Pattern:
-    return Pattern("cast", {"input": input})
+tanh, cast, exp = (_of_one(name) for name in ("tanh", "cast", "exp"))
+
+
+def nan_to_num(input: Any, nan: Any) -> Pattern:
+    return Pattern("nan_to_num", {"input": input, "nan": nan})
+
+
+def maximum(input: Any, other: Any) -> Pattern:
+    return Pattern("maximum", {"input": input, "other": other})
+
+
+def minimum(input: Any, other: Any) -> Pattern:
+    return Pattern("minimum", {"input": input, "other": other})
+
+
+def clamp(input: Any, min: Any, max: Any) -> Pattern:
+    return Pattern("clamp", {"input": input, "min": min, "max": max})
+
+
+def softmax(input: Any, dim: Any) -> Pattern:
+    return Pattern("softmax", {"input": input, "dim": dim})
+
+
+def summed(input: Any, dim: Any, keepdim: Any) -> Pattern:
+    return Pattern("sum", {"input": input, "dim": dim, "keepdim": keepdim})
+
+
+def logsumexp(input: Any, dim: Any, keepdim: Any) -> Pattern:
+    return Pattern("logsumexp", {"input": input, "dim": dim, "keepdim": keepdim})
+
+
+def getitem(input: Any, index: Any) -> Pattern:
+    return Pattern("getitem", {"input": input, "index": index})
+
+
+def append(input: Any, other: Any, dim: Any) -> Pattern:
+    """`torch.cat` of two tensors."""
+    return Pattern("append", {"input": input, "other": other, "dim": dim})
+
+
+def pad(input: Any, pad: Any, mode: Any, value: Any) -> Pattern:
+    return Pattern("pad", {"input": input, "pad": pad, "mode": mode, "value": value})
 
 
 def dropout(input: Any, p: Any, training: Any) -> Pattern:
@@ -114,12 +168,23 @@ class Matcher:
         if not isinstance(pattern, Pattern):
             if self.constant(value, at) == pattern:
                 yield bound
+        elif isinstance(pattern, Variable) and pattern.kind == "argument":
+            yield {**bound, pattern.name: value}
         elif isinstance(pattern, Variable):
             found = self._value(pattern, value, at)
             if found is not None and bound.get(pattern.name, found) == found:
                 yield {**bound, pattern.name: found}
+        elif isinstance(pattern, Reduced):
+            yield from self._reduced(pattern, value, at, bound)
         elif isinstance(value, Node) and tensor(value) is not None:
             yield from self.operation(pattern, self.facts.current(value, at), bound)
+
+    def _reduced(self, pattern: Reduced, value: Any, at: Node, bound: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        bound = {**bound, pattern.name: value}
+        while (call := self.facts.call(value)) is not None and call.name in _REDUCING:
+            bound = {**bound, "nodes": (*bound.get("nodes", ()), value)}
+            at, value = value, call["input"]
+            yield from self.match(pattern.of, value, at, bound)
 
     def operation(self, pattern: Pattern, node: Node, bound: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Every way to read the operation of `node` as `pattern`."""
@@ -127,6 +192,8 @@ class Matcher:
         if call is None or call.name != pattern.name:
             return
         if call.args.get("alpha", 1) != 1 or call.args.get("rounding_mode") is not None:
+            return
+        if any(parameter not in call.args for parameter in pattern.args):
             return
         orders = [call.args]
         if pattern.name in _COMMUTATIVE:
@@ -146,8 +213,6 @@ class Matcher:
             yield from self._match_all(rest, args, node, found)
 
     def _value(self, variable: Variable, value: Any, at: Node) -> Any:
-        if variable.kind == "argument":
-            return value
         if variable.kind == "number":
             return self.constant(value, at)
         if variable.kind == "symbolic":

@@ -28,9 +28,34 @@ class Dropout:
 
 
 @dataclass(frozen=True)
+class Shift:
+    """Scores less one number for each row, which changes no weight: `by` is a node of one element a row, or a number."""
+
+    by: Node | float
+
+
+@dataclass(frozen=True)
+class Column:
+    """A key that is no key: before the softmax a column with the scores `sinks` (a node or a number) is put at the
+    end of each row (`side` -1) or at its start (0); after it (`sinks` None) the column is taken away again."""
+
+    side: int
+    sinks: Node | float | None = None
+
+
+@dataclass(frozen=True)
+class Zeroed:
+    """Weights set to zero where the boolean tensor `condition` is true, or (None) where they are not a number, because
+    every key of their row is masked."""
+
+    condition: Node | None = None
+    keep: bool = False
+
+
+@dataclass(frozen=True)
 class Rule:
     """Peels one step off a chain. `apply(**variables)` gives the next tensor to look at and what was peeled off
-    (modifiers, nearest to the softmax first), or None where the pattern matched but does not apply."""
+    (steps, in the order in which they are computed), or None where the pattern matched but does not apply."""
 
     name: str
     pattern: Pattern

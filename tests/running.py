@@ -9,7 +9,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import attn_rewriter
-from attn_rewriter import Backend, Options, Report
+from attn_rewriter import Backend, Device, Options, Report
 
 
 class Exact(TorchFunctionMode):
@@ -55,11 +55,12 @@ def truth(function: Callable[..., Any], inputs: Sequence[Any]) -> tuple[Any, lis
 
 
 def rewritten(
-    function: Callable[..., Any], dynamic: bool | None = None, **options: Any
+    function: Callable[..., Any], dynamic: bool | None = None, device: str | None = None, **options: Any
 ) -> tuple[Any, Callable[[], Report]]:
-    """A function compiled with the rewriter and without Inductor, and the report of it."""
+    """A function compiled with the rewriter and without Inductor, as if for `device`, and the report of it."""
     torch._dynamo.reset()
-    backend = Backend(Options(**{"compiler": attn_rewriter.api._run_as_is, "strict": True, **options}))
+    imagined = Device.parse(device) if device is not None else None
+    backend = Backend(Options(**{"compiler": attn_rewriter.api._run_as_is, "strict": True, **options}), device=imagined)
     return torch.compile(function, backend=backend, dynamic=dynamic), lambda: backend.report
 
 

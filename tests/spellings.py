@@ -42,7 +42,7 @@ class Spelling:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     num_kv_heads: int | None = None
     random: bool = False
-    sites: int = 1
+    impossible: tuple[str, ...] = ()  # the kernels that can't compute it
 
     @property
     def name(self) -> str:
@@ -71,6 +71,7 @@ class Spelling:
 
 
 SPELLINGS: list[Spelling] = []
+NOT_AFFINE = ("sdpa",)
 
 
 def spelling(computes: str | None = SCALE, **options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -548,7 +549,7 @@ def multi_head_attention_function(x, w, wo):
     )[0]
 
 
-@spelling(f"{SCALE}, causal and key padding")
+@spelling(f"{SCALE}, causal, key padding")
 def multi_head_attention_function_masked(x, w, wo, padding):
     y = x.transpose(0, 1)
     return F.multi_head_attention_forward(
@@ -589,7 +590,7 @@ def scores_used(q, k, v):
     return scores.softmax(-1) @ v + scores.mean()
 
 
-@refused("masked_fill")
+@refused("not masked before")
 def mask_after_softmax(q, k, v):
     weights = (q @ k.mT * D**-0.5).softmax(-1)
     return weights.masked_fill(torch.ones(S, S, device=q.device).triu(1).bool(), 0.0) @ v
@@ -615,7 +616,7 @@ def dropout_twice(q, k, v):
     return F.dropout(F.dropout((q @ k.mT).softmax(-1), 0.1), 0.1) @ v
 
 
-@refused("tensor that varies over the keys")
+@spelling("scale tensor", impossible=NOT_AFFINE)
 def scores_times_a_matrix(q, k, v, bias):
     return (q @ k.mT * bias).softmax(-1) @ v
 
@@ -636,3 +637,206 @@ def query_modified_after_use(q, k, v):
     scores = q @ k.mT
     q.mul_(2.0)
     return scores.softmax(-1) @ v + q
+
+
+# -- caps, clamps, shifts -------------------------------------------------------------------------------------------
+
+
+@spelling("scale 0.25, softcap 30", impossible=NOT_AFFINE)
+def softcap_gemma(q, k, v):
+    scores = torch.tanh((q @ k.mT * 0.25) / 30.0) * 30.0
+    return scores.softmax(-1) @ v
+
+
+@spelling(f"{SCALE}, softcap 2, causal", impossible=NOT_AFFINE)
+def softcap_then_mask(q, k, v):
+    scores = 2.0 * ((q @ k.mT) * D**-0.5 * 0.5).tanh()
+    return (scores + torch.full((S, S), float("-inf"), device=q.device).triu(1)).softmax(-1) @ v
+
+
+@spelling(f"{SCALE}, softcap 3, bias", impossible=NOT_AFFINE)
+def softcap_then_bias(q, k, v, bias):
+    return (torch.tanh(q @ k.mT * D**-0.5 / 3) * 3 + bias).softmax(-1) @ v
+
+
+@spelling("bias, softcap 4", impossible=NOT_AFFINE)
+def bias_then_softcap(q, k, v, bias):
+    return (4 * torch.tanh((q @ k.mT + bias) / 4)).softmax(-1) @ v
+
+
+@spelling(f"{SCALE}, clamp [-0.5, 0.75]", impossible=NOT_AFFINE)
+def clamped_scores(q, k, v):
+    return (q @ k.mT * D**-0.5).clamp(-0.5, 0.75).softmax(-1) @ v
+
+
+@spelling(f"{SCALE}, clamp [-0.5, 0.5]", impossible=NOT_AFFINE)
+def clamped_in_two_steps(q, k, v):
+    scores = torch.clamp(q @ k.mT * D**-0.5, min=-0.5)
+    return torch.clamp(scores, max=0.5).softmax(-1) @ v
+
+
+@spelling(f"{SCALE}, causal")
+def mask_kept_above_the_lowest_number(q, k, v):
+    low = torch.finfo(q.dtype).min
+    scores = q @ k.mT * D**-0.5 + torch.full((S, S), low, dtype=q.dtype, device=q.device).triu(1)
+    return torch.max(scores, torch.tensor(low, dtype=q.dtype, device=q.device)).softmax(-1) @ v
+
+
+@spelling()
+def maximum_subtracted(q, k, v):
+    scores = q @ k.mT * D**-0.5
+    return (scores - scores.max(dim=-1, keepdim=True).values).softmax(-1) @ v
+
+
+@spelling()
+def maximum_subtracted_cogview(q, k, v):
+    scores = q @ k.mT * D**-0.5 / 32
+    return ((scores - scores.amax(-1).unsqueeze(-1)) * 32).softmax(-1) @ v
+
+
+@spelling()
+def maximum_of_all_subtracted(q, k, v):
+    scores = q @ k.mT * D**-0.5
+    return (scores - scores.max()).softmax(-1) @ v
+
+
+@spelling()
+def softmax_by_hand(q, k, v):
+    scores = q @ k.mT * D**-0.5
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True).detach())
+    return (weights / weights.sum(-1, keepdim=True)) @ v
+
+
+@spelling()
+def softmax_by_logsumexp(q, k, v):
+    scores = q @ k.mT * D**-0.5
+    return torch.exp(scores - torch.logsumexp(scores, -1, keepdim=True)) @ v
+
+
+# -- sinks ----------------------------------------------------------------------------------------------------------
+
+
+@spelling(f"{SCALE}, causal, sinks", shapes={**GQA, "sink": (H,)}, num_kv_heads=HKV)
+def sinks_gpt_oss(q, k, v, sink):
+    k, v = (x[:, :, None].expand(B, HKV, G, S, D).reshape(B, H, S, D) for x in (k, v))
+    scores = q @ k.mT * D**-0.5 + torch.full((S, S), float("-inf"), device=q.device).triu(1)
+    combined = torch.cat([scores, sink.reshape(1, -1, 1, 1).expand(B, -1, S, -1)], dim=-1)
+    combined = combined - combined.max(dim=-1, keepdim=True).values
+    return F.softmax(combined, dim=-1)[..., :-1] @ v
+
+
+@spelling(f"{SCALE}, sinks", shapes={"sink": (H,)})
+def sinks_first(q, k, v, sink):
+    scores = torch.cat([sink.view(1, H, 1, 1).expand(B, H, S, 1), q @ k.mT * D**-0.5], dim=3)
+    return scores.softmax(-1)[:, :, :, 1:] @ v
+
+
+@spelling(f"{SCALE}, sink 0")
+def softmax_off_by_one(q, k, v):
+    return F.softmax(F.pad(q @ k.mT * D**-0.5, (1, 0), value=0.0), dim=-1)[..., 1:] @ v
+
+
+@spelling(f"{SCALE}, sink 0")
+def softmax_one(q, k, v):
+    weights = torch.exp(q @ k.mT * D**-0.5)
+    return weights / (1 + weights.sum(dim=-1, keepdim=True)) @ v
+
+
+@refused("shifted before a softmax with a constant sink")
+def softmax_one_of_what_is_no_more(q, k, v):
+    scores = q @ k.mT * D**-0.5
+    weights = torch.exp(scores - scores.max(-1, keepdim=True).values)
+    return weights / (1 + weights.sum(dim=-1, keepdim=True)) @ v
+
+
+@refused("shifted before sinks", shapes={"sink": (H,)})
+def sinks_beside_shifted_scores(q, k, v, sink):
+    scores = q @ k.mT * D**-0.5
+    scores = scores - scores.max(-1, keepdim=True).values
+    return torch.cat([scores, sink.view(1, H, 1, 1).expand(B, H, S, 1)], -1).softmax(-1)[..., :-1] @ v
+
+
+@refused("another column", shapes={"sink": (H,)})
+def sinks_dropped_on_the_wrong_side(q, k, v, sink):
+    return torch.cat([q @ k.mT, sink.view(1, H, 1, 1).expand(B, H, S, 1)], -1).softmax(-1)[..., 1:] @ v
+
+
+@refused("together", shapes={"sink": (H,)})
+def sinks_scaled_with_the_scores(q, k, v, sink):
+    return (torch.cat([q @ k.mT, sink.view(1, H, 1, 1).expand(B, H, S, 1)], -1) * 0.5).softmax(-1)[..., :-1] @ v
+
+
+@refused("varies over the keys")
+def maximum_over_queries_subtracted(q, k, v):
+    scores = q @ k.mT * D**-0.5
+    return (scores - scores.max(dim=-2, keepdim=True).values).softmax(-1) @ v
+
+
+@refused("softcap 1 after a mask")
+def softcap_after_mask(q, k, v):
+    return torch.tanh((q @ k.mT).masked_fill(torch.ones(S, S, device=q.device).triu(1).bool(), -1e9)).softmax(-1) @ v
+
+
+# -- what the weights go through ------------------------------------------------------------------------------------
+
+
+@spelling(f"{SCALE}, gate", shapes={"head_mask": (H,)})
+def head_mask(q, k, v, head_mask):
+    return ((q @ k.mT * D**-0.5).softmax(-1) * head_mask.view(1, H, 1, 1)) @ v
+
+
+@spelling(f"{SCALE}, gate", shapes={"gate": (B, H, S, 1)})
+def gate_of_the_query(q, k, v, gate):
+    return (torch.sigmoid(gate) * (q @ k.mT * D**-0.5).softmax(-1)) @ v
+
+
+@refused("varies over the keys")
+def weights_times_a_matrix(q, k, v, bias):
+    return ((q @ k.mT).softmax(-1) * bias) @ v
+
+
+@spelling(f"{SCALE}, key padding")
+def zero_after_softmax(q, k, v, padding):
+    drop = ~padding[:, None, None, :]
+    weights = (q @ k.mT * D**-0.5).masked_fill(drop, float("-inf")).softmax(-1)
+    return weights.masked_fill(drop, 0.0) @ v
+
+
+@spelling(f"{SCALE}, causal")
+def nan_to_num_after_softmax(q, k, v):
+    mask = torch.full((S, S), float("-inf"), device=q.device).triu(1)
+    return torch.nan_to_num((q @ k.mT * D**-0.5 + mask).softmax(-1), nan=0.0) @ v
+
+
+# -- sums of biases, factors ----------------------------------------------------------------------------------------
+
+
+@spelling("bias, causal")
+def bias_and_mask_added_first(q, k, v, bias):
+    mask = torch.full((S, S), torch.finfo(q.dtype).min, dtype=q.dtype, device=q.device).triu(1)
+    return (q @ k.mT + (bias + mask)).softmax(-1) @ v
+
+
+# -- layouts --------------------------------------------------------------------------------------------------------
+
+
+@spelling()
+def weights_on_the_right(q, k, v):
+    weights = (q @ k.mT * D**-0.5).softmax(-1)
+    return (v.mT @ weights.mT).mT
+
+
+@spelling()
+def transposed_scores(q, k, v):
+    weights = (k @ q.mT * D**-0.5).softmax(dim=-2)
+    return weights.mT @ v
+
+
+@spelling("scale 0.1768", shapes={"image": (B, 32, 4, 5)})
+def latent_diffusion_block(image):
+    b, c, h, w = image.shape
+    q = image.reshape(b, c, h * w).permute(0, 2, 1)
+    k = (image * 0.5).reshape(b, c, h * w)
+    weights = F.softmax(torch.bmm(q, k) * (int(c) ** (-0.5)) * 2, dim=2)
+    v = image.reshape(b, c, h * w)
+    return torch.bmm(v, weights.permute(0, 2, 1)).reshape(b, c, h, w)

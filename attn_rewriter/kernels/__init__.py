@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from attn_rewriter.kernels.base import Kernel, Limits, Tensors
+from attn_rewriter.kernels.flex import Flex
 from attn_rewriter.kernels.reference import Reference
 from attn_rewriter.kernels.sdpa import SDPA
 
-KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (SDPA(), Reference())}
+KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (SDPA(), Flex(), Reference())}
 
 __all__ = ["KERNELS", "Kernel", "Limits", "Tensors"]

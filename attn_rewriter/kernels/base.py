@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from attn_rewriter.device import Device
-from attn_rewriter.spec import AttentionSpec, Shapes
+from attn_rewriter.spec import AttentionSpec, Shapes, Size
 
-Tensors = Mapping[str, torch.Tensor]
+Tensors = Mapping[Any, torch.Tensor]
+"""Tensors by name. A symbolic size is a key as well, its value the number that it is in this run."""
+
+
+def number(size: Size, tensors: Tensors) -> Any:
+    """A size as what tensors can be made of and compared with."""
+    return size if isinstance(size, int) else tensors[size]
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,8 @@ class Limits:
         reasons = []
         if self.devices is not None and device.type not in self.devices:
             reasons.append(f"runs on {' and '.join(sorted(self.devices))}, not on {device.type}")
-        elif self.min_capability is not None and (device.capability or (0, 0)) < self.min_capability:
+        elif device.type == "cuda" and (device.capability or (0, 0)) < (self.min_capability or (0, 0)):
+            assert self.min_capability is not None
             reasons.append(f"needs sm_{self.min_capability[0]}{self.min_capability[1]} or newer, this is {device}")
         if self.dtypes is not None and shapes.dtype not in self.dtypes:
             names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in self.dtypes))
@@ -46,13 +53,14 @@ class Kernel:
     """A way to compute attention.
 
     A new kernel is one file with one subclass, listed in `attn_rewriter/kernels/__init__.py`. It says what it can
-    compute in `limits` and `refusals`, and computes it in `__call__`, which is plain PyTorch: the emitter runs it on
+    compute in `limits` and `refusals`, and computes it in `attend`, which is plain PyTorch: the emitter runs it on
     stand-ins to put its operations into the graph, the tests run it on tensors. So it must not look at the contents
-    of tensors, and takes sizes and types from `shapes`. Optional packages are imported in `__call__` alone.
+    of tensors, and takes sizes and types from `shapes`. Optional packages are imported in `attend` alone.
     """
 
     name: ClassVar[str]
     limits: ClassVar[Limits] = Limits()
+    needs_inductor: ClassVar[bool] = False
 
     def refusals(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> list[str]:
         """Why this kernel cannot compute `spec`, a sentence each; empty means that it can."""
@@ -67,4 +75,11 @@ class Kernel:
         `tensors` holds "query", "key", "value" and the names in the spec, in the layouts of `attn_rewriter.spec`;
         all but the masks have the type `shapes.dtype`.
         """
+        output = self.attend(spec, shapes, device, tensors)
+        for gate in spec.gates:
+            output = gate.apply(output, tensors)
+        return output
+
+    def attend(self, spec: AttentionSpec, shapes: Shapes, device: Device, tensors: Tensors) -> torch.Tensor:
+        """The output before the gates, which are the same for all kernels."""
         raise NotImplementedError

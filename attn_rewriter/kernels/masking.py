@@ -50,8 +50,7 @@ def holds(
         case Not(term):
             return ~holds(term, tensors, b, h, q, k)
         case TensorMask(name):
-            held = tensors[str(name)]
-            return held[tuple(at if n != 1 else at * 0 for n, at in zip(held.shape, (b, h, q, k)))]
+            return element(tensors[str(name)], b, h, q, k)
         case Band(lower, upper):
             distance = k - q
             sides = [] if lower is None else [distance >= lower]
@@ -60,6 +59,11 @@ def holds(
         case Always(value):
             return (k == k) if value else (k != k)
     raise NotImplementedError(f"{type(predicate).__name__} at coordinates")
+
+
+def element(tensor: torch.Tensor, b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """The elements at coordinates of a tensor that broadcasts to the scores."""
+    return tensor[tuple(i if n != 1 else i * 0 for n, i in zip(tensor.shape, (b, h, q, k)))]
 
 
 def coordinates(

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from attn_rewriter.device import Device
 from attn_rewriter.kernels.base import Kernel, Tensors
 from attn_rewriter.kernels.masking import keep
-from attn_rewriter.spec import AttentionSpec, Bias, Mask, Scale, ScaleBy, Shapes
+from attn_rewriter.spec import AttentionSpec, Bias, Clamp, Mask, Scale, ScaleBy, Shapes, Softcap
 
 
 class Reference(Kernel):
@@ -16,7 +16,7 @@ class Reference(Kernel):
 
     name = "reference"
 
-    def __call__(self, spec: AttentionSpec, shapes: Shapes, device: Device, tensors: Tensors) -> torch.Tensor:
+    def attend(self, spec: AttentionSpec, shapes: Shapes, device: Device, tensors: Tensors) -> torch.Tensor:
         query, key, value = tensors["query"], tensors["key"], tensors["value"]
         if shapes.is_gqa:
             key = key.repeat_interleave(shapes.num_groups, dim=1)
@@ -32,6 +32,15 @@ class Reference(Kernel):
                     scores = scores + factor * tensors[str(name)]
                 case Mask():
                     scores = scores.masked_fill(~keep(modifier, tensors), float("-inf"))
+                case Softcap(cap):
+                    scores = cap * torch.tanh(scores / cap)
+                case Clamp(lower, upper):
+                    scores = torch.clamp(scores, lower, upper)
+        if spec.sinks is not None:
+            sinks = tensors[spec.sinks] if isinstance(spec.sinks, str) else scores.new_full((), spec.sinks)
+            scores = torch.cat([scores, sinks.expand_as(scores[..., :1])], dim=-1)
         weights = torch.softmax(scores, dim=-1)
         weights = torch.where(weights == weights, weights, 0.0)
+        if spec.sinks is not None:
+            weights = weights[..., :-1]
         return F.dropout(weights, spec.dropout_p) @ value

@@ -20,44 +20,48 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 class SDPA(Kernel):
-    """Any affine form: scale, biases, masks as tensors, causal without one, GQA and dropout."""
+    """Any affine form: scale, biases, masks as tensors, causal without one, GQA, dropout; sinks as one more key."""
 
     name = "sdpa"
 
     def refusals(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> list[str]:
         form = spec.affine()
         reasons = super().refusals(spec, shapes, device)
-        return reasons + ([form] if isinstance(form, str) else self._too_large(form, shapes, device))
+        return reasons + ([form] if isinstance(form, str) else self._too_large(spec, form, shapes, device))
 
     @staticmethod
-    def _too_large(form: AffineForm, shapes: Shapes, device: Device) -> list[str]:
+    def _too_large(spec: AttentionSpec, form: AffineForm, shapes: Shapes, device: Device) -> list[str]:
         """Sizes at which PyTorch's CUDA kernels raise (a grid of 2**16 blocks, pytorch#142228), or are wrong without a
         word (offsets of 32 bits in memory-efficient attention, taken where flash is not, pytorch#187227)."""
         reasons = []
         if device.type == "cuda":
             if any(isinstance(n, int) and n >= 2**16 for n in (shapes.batch, shapes.num_heads)):
                 reasons.append("its CUDA kernels take less than 65536 batches and heads")
-            flash = shapes.dtype in _HALF and not form.biases
+            flash = shapes.dtype in _HALF and not form.biases and spec.sinks is None
             flash = flash and form.keep.within(shapes.q_len, shapes.kv_len) in (EVERY_KEY, Band(None, 0))
             scores = shapes.q_len * shapes.kv_len
             if isinstance(scores, int) and scores > 2**32 and not flash:
                 reasons.append("its CUDA kernels for masks, biases and float32 take at most 2**32 scores a head")
         return reasons
 
-    def __call__(self, spec: AttentionSpec, shapes: Shapes, device: Device, tensors: Tensors) -> torch.Tensor:
+    def attend(self, spec: AttentionSpec, shapes: Shapes, device: Device, tensors: Tensors) -> torch.Tensor:
         form = spec.affine()
         assert not isinstance(form, str)
         query, key, value = tensors["query"], tensors["key"], tensors["value"]
         for query_scale in form.query_scales:
             query = query_scale.apply(query, tensors)
         bias = summed_bias(form, tensors)
-        is_causal = bias is None and form.keep.within(shapes.q_len, shapes.kv_len) == Band(None, 0)
-        attn_mask = bias
-        if not is_causal and (keep := keep_mask(form, shapes, tensors)) is not None:
+        plain = bias is None and spec.sinks is None
+        is_causal = plain and form.keep.within(shapes.q_len, shapes.kv_len) == Band(None, 0)
+        attn_mask, keep = bias, None if is_causal else keep_mask(form, shapes, tensors)
+        if keep is not None:
             # A finite number, so that a row in which every key is masked stays finite; half of the lowest, because
             # kernels multiply by log2(e) before they exponentiate.
-            attn_mask = keep if bias is None else torch.where(keep, bias, torch.finfo(shapes.dtype).min / 2)
-        if shapes.is_gqa and not self._takes_gqa(shapes, device, attn_mask is not None):
+            attn_mask = keep if plain else torch.where(keep, 0.0 if bias is None else bias, _low(shapes))
+        if spec.sinks is not None:
+            attn_mask, key, value = _with_sinks(spec.sinks, attn_mask, key, value, shapes, tensors)
+        repeated = shapes.is_gqa and not self._takes_gqa(shapes, device, attn_mask is not None)
+        if repeated:
             key, value = (x.repeat_interleave(shapes.num_groups, dim=1) for x in (key, value))
         scale = form.scale
         if not scale > 0:  # kernels take the largest score, and hide keys with -inf, before they multiply
@@ -70,9 +74,11 @@ class SDPA(Kernel):
             options["dropout_p"] = spec.dropout_p
         if is_causal:
             options["is_causal"] = True
-        if shapes.is_gqa and key is tensors["key"]:
+        if shapes.is_gqa and not repeated:
             options["enable_gqa"] = True
         output = F.scaled_dot_product_attention(query, key, value, **options)
+        if spec.zero_rows and keep is not None:
+            output = torch.where(keep.any(-1, keepdim=True), output, 0.0)
         if shapes.needs_backward and self._may_be_cudnn(shapes, device):
             output = _with_one_layout_of_gradients(output, shapes)
         return output
@@ -88,6 +94,21 @@ class SDPA(Kernel):
     @staticmethod
     def _may_be_cudnn(shapes: Shapes, device: Device) -> bool:
         return device.type == "cuda" and (device.capability or (0, 0)) >= (9, 0) and shapes.dtype in _HALF
+
+
+def _low(shapes: Shapes) -> float:
+    return torch.finfo(shapes.dtype).min / 2
+
+
+def _with_sinks(
+    sinks: Any, bias: torch.Tensor | None, key: torch.Tensor, value: torch.Tensor, shapes: Shapes, tensors: Tensors
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Bias, key and value with one more key: its score is the sinks', its value zero."""
+    score = tensors[sinks] if isinstance(sinks, str) else key.new_full((1, 1, 1, 1), sinks, dtype=shapes.dtype)
+    kv_len = shapes.kv_len if isinstance(shapes.kv_len, int) else key.size(-2)
+    column = F.pad(score, (kv_len, 0))
+    bias = column if bias is None else F.pad(bias, (0, 1)) + column
+    return bias, F.pad(key, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1))
 
 
 def _with_one_layout_of_gradients(output: torch.Tensor, shapes: Shapes) -> torch.Tensor:

@@ -1,0 +1,228 @@
+"""FlexAttention: any elementwise change of the scores, and only the blocks of keys that the mask keeps.
+
+`score_mod` and `mask_mod` are made from the spec (https://arxiv.org/abs/2412.05496,
+https://docs.pytorch.org/docs/stable/nn.attention.flex_attention.html). They hold no tensors: what they read is handed
+to the operator beside them, as Dynamo does it for the public function.
+
+Two kinds of nodes enter the graph. A `block_mask` says which blocks of 128 queries and 128 keys have anything to
+attend to; equal ones become one, so that all layers share it. A `flex_attention` computes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch._higher_order_ops.flex_attention import flex_attention as operator
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.overrides import handle_torch_function, has_torch_function
+
+from attn_rewriter.device import Device
+from attn_rewriter.kernels.base import Kernel, Limits, Tensors, number
+from attn_rewriter.kernels.masking import element, holds
+from attn_rewriter.spec import (
+    EVERY_KEY,
+    AttentionSpec,
+    Bias,
+    Clamp,
+    Modifier,
+    Predicate,
+    Scale,
+    ScaleBy,
+    Shapes,
+    Softcap,
+    same,
+)
+
+_BLOCK = 128
+_MIN_HEAD_DIM = 16  # of a Triton matrix product
+_WHOLE = 1 << 30
+
+
+class Flex(Kernel):
+    """Any spec without dropout. Under Inductor alone it is a kernel; otherwise PyTorch computes it densely."""
+
+    name = "flex"
+    needs_inductor = True
+    limits = Limits(
+        devices=frozenset({"cpu", "cuda"}),
+        min_capability=(7, 0),
+        dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),
+    )
+
+    def refusals(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> list[str]:
+        reasons = super().refusals(spec, shapes, device)
+        if spec.dropout_p:
+            reasons.append("has no dropout")
+        if not all(isinstance(n, int) for n in (shapes.num_heads, shapes.head_dim, shapes.head_dim_v)):
+            reasons.append("needs the numbers of heads and their sizes to be known")
+        if device.type == "cpu":
+            if shapes.needs_backward:
+                reasons.append("has no backward pass on CPU")
+            if isinstance(spec.sinks, (str, float)):
+                reasons.append("gives no logsumexp, which sinks need, on CPU")
+        return reasons
+
+    def attend(self, spec: AttentionSpec, shapes: Shapes, device: Device, tensors: Tensors) -> torch.Tensor:
+        query, key, value = tensors["query"], tensors["key"], tensors["value"]
+        scale, modifiers = 1.0, [m for m in spec.modifiers if isinstance(m, (Scale, ScaleBy, Bias, Softcap, Clamp))]
+        while modifiers and (first := modifiers[0]):  # what is linear in the query goes there
+            if isinstance(first, Scale):
+                scale *= first.factor
+            elif isinstance(first, ScaleBy) and not first.per_key:
+                query = first.apply(query, tensors)
+            else:
+                break
+            modifiers.pop(0)
+        keep = spec.keep.within(shapes.q_len, shapes.kv_len)
+        mask_names = tuple(dict.fromkeys(str(leaf.tensor) for leaf in keep.leaves() if hasattr(leaf, "tensor")))
+        masks = tuple(tensors[name] for name in mask_names)
+        blocks = None
+        if keep != EVERY_KEY:
+            sizes = (shapes.batch, shapes.num_heads, shapes.q_len, shapes.kv_len)
+            blocks = _Blocks(keep, mask_names)(*(number(n, tensors) for n in sizes), query.device, masks)
+        names = tuple(dict.fromkeys(name for m in modifiers for name in _names(m)))
+        attend = _Attend(
+            keep, mask_names, tuple(modifiers), names, scale, shapes.needs_backward or spec.sinks is not None
+        )
+        small = device.type == "cuda" and min(shapes.head_dim, shapes.head_dim_v) < _MIN_HEAD_DIM
+        if small:
+            query, key, value = (F.pad(x, (0, _MIN_HEAD_DIM)) for x in (query, key, value))
+        captured = tuple(tensors[name] for name in names)
+        result = attend(query, key, value, blocks, masks, captured)
+        output, logsumexp = result[0], result[1]
+        if small:
+            output = output.narrow(-1, 0, shapes.head_dim_v)
+        if spec.sinks is not None:
+            sinks = tensors[spec.sinks].squeeze(-1) if isinstance(spec.sinks, str) else spec.sinks
+            share = torch.sigmoid(logsumexp * math.log(2) - sinks)  # of the keys in the weight
+            output = (output * share.unsqueeze(-1)).to(shapes.dtype)
+        return output
+
+
+def _names(modifier: Modifier) -> list[str]:
+    """The tensors that a modifier reads."""
+    return [
+        str(getattr(modifier, field)) for field in ("tensor", "factor") if isinstance(getattr(modifier, field, 0), str)
+    ]
+
+
+class _Node:
+    """A function that becomes one node where it is called on stand-ins; equal ones are the same function."""
+
+    def __call__(self, *args: Any) -> Any:
+        flat = [x for arg in args for x in (arg if isinstance(arg, tuple) else (arg,))]
+        if has_torch_function(flat):
+            return handle_torch_function(self, flat, *args)
+        return self.run(*args)
+
+    def run(self, *args: Any) -> Any:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class _Blocks(_Node):
+    """The blocks in which a predicate keeps anything, and everything, as the tensors of a `BlockMask`."""
+
+    keep: Predicate
+    names: tuple[str, ...]
+    __name__ = "block_mask"
+    is_shared = True
+
+    def run(
+        self, batch: int, num_heads: int, q_len: int, kv_len: int, device: Any, masks: tuple[torch.Tensor, ...]
+    ) -> tuple[Any, ...]:
+        batch = batch if any(mask.size(0) != 1 for mask in masks) else 1
+        num_heads = num_heads if any(mask.size(1) != 1 for mask in masks) else 1
+        tensors = dict(zip(self.names, masks))
+
+        def mask_mod(b: Any, h: Any, q: Any, k: Any) -> torch.Tensor:
+            return holds(self.keep, tensors, b, h, q, k)
+
+        blocks = create_block_mask(mask_mod, batch, num_heads, q_len, kv_len, device, _BLOCK)
+        return tuple(getattr(blocks, name) for name in _TENSORS)
+
+
+_TENSORS = tuple(
+    f"{full}{side}_{what}" for side in ("kv", "q") for full in ("", "full_") for what in ("num_blocks", "indices")
+)
+
+
+@dataclass(frozen=True)
+class _Attend(_Node):
+    """The operator, with the functions that it takes; gives output and logsumexp, that to the base 2."""
+
+    keep: Predicate
+    mask_names: tuple[str, ...]
+    modifiers: tuple[Modifier, ...]
+    names: tuple[str, ...]
+    scale: float
+    logsumexp: bool
+    __name__ = "flex_attention"
+
+    def run(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        blocks: Sequence[torch.Tensor] | None,
+        masks: tuple[torch.Tensor, ...],
+        captured: tuple[Any, ...],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # A number that only the run knows becomes a tensor: `score_mod` can hold no such number.
+        buffers = tuple(
+            x if isinstance(x, torch.Tensor) else query.new_full((1, 1, 1, 1), x, dtype=torch.float32) for x in captured
+        )
+        if blocks is None:
+            one = torch.ones(1, 1, 1, dtype=torch.int32, device=query.device)
+            block_mask = BlockMask.from_kv_blocks(one, one.unsqueeze(-1) * 0, BLOCK_SIZE=_WHOLE, seq_lengths=(1, 1))
+        else:
+            lengths = (query.size(-2), key.size(-2))
+            block_mask = BlockMask(
+                lengths, **dict(zip(_TENSORS, blocks)), BLOCK_SIZE=(_BLOCK, _BLOCK), mask_mod=self.mask_mod
+            )
+        options = {
+            "BACKEND": "AUTO",
+            "PRESCALE_QK": False,
+            "ROWS_GUARANTEED_SAFE": False,
+            "BLOCKS_ARE_CONTIGUOUS": False,
+            "WRITE_DQ": True,
+            "OUTPUT_LOGSUMEXP": self.logsumexp,
+            "OUTPUT_MAX": False,
+        }
+        output, logsumexp, _ = operator(
+            query, key, value, self.score_mod, block_mask.as_tuple(), self.scale, options, buffers, masks
+        )
+        return output, logsumexp
+
+    def fake(self, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `run` gives for fake tensors. (The operator can't make its backward graph among Dynamo's.)"""
+        leaves = [x for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, torch.Tensor)]
+        with torch.no_grad():
+            results = self.run(*args)
+        differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
+        output, logsumexp = (result.requires_grad_(differentiable) for result in results)
+        return output, logsumexp
+
+    def mask_mod(self, b: Any, h: Any, q: Any, k: Any, *masks: torch.Tensor) -> torch.Tensor:
+        return holds(self.keep, dict(zip(self.mask_names, masks)), b, h, q, k)
+
+    def score_mod(self, score: Any, b: Any, h: Any, q: Any, k: Any, *captured: torch.Tensor) -> torch.Tensor:
+        tensors = {name: element(held, b, h, q, k) for name, held in zip(self.names, captured)}
+        for modifier in self.modifiers:
+            match modifier:
+                case Scale(factor):
+                    score = score * factor
+                case ScaleBy():
+                    score = modifier.apply(score, tensors)
+                case Bias(name, factor):
+                    score = score + (tensors[str(name)] if factor == 1 else factor * tensors[str(name)])
+                case Softcap(cap):
+                    score = cap * torch.tanh(score / cap)
+                case Clamp(lower, upper):
+                    score = torch.clamp(score, lower, upper)
+        return score

@@ -1,0 +1,53 @@
+"""The softmax itself, as one operation or spelled out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from attn_rewriter.graph import Call, Facts, tensor
+from attn_rewriter.patterns.match import Matcher, Pattern, argument, exp, logsumexp, softmax, summed, tensor_
+
+_score, _dim, _keepdim = tensor_("score"), argument("dim"), argument("keepdim")
+_sum = summed(exp(_score), _dim, _keepdim)
+
+_SPELLINGS: tuple[tuple[Pattern, float | None], ...] = (
+    (softmax(_score, _dim), None),
+    (exp(_score) / _sum, None),
+    (exp(_score - logsumexp(_score, _dim, _keepdim)), None),
+    # "Attention is off by one": one more score of 0. (Where the maximum was subtracted first, it is a score that
+    # moves with the row: whoever reads on refuses that.)
+    (exp(_score) / (_sum + 1), 0.0),
+)
+"""Each with the score of the sink that it has, if any."""
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """`softmax(input, dim)`, with a constant sink or without; `nodes` are all that it is spelled with."""
+
+    input: Node
+    dim: int
+    nodes: tuple[Node, ...]
+    sink: float | None = None
+
+
+def read_softmax(node: Node, call: Call | None, matcher: Matcher) -> Softmax | None:
+    """Read a softmax that ends at `node`; None for anything else."""
+    if call is None or call.name not in ("softmax", "div", "exp"):
+        return None
+    for pattern, sink in _SPELLINGS:
+        for bound in matcher.operation(pattern, node, {}):
+            dim = _one_axis(bound["dim"], bound["score"])
+            if dim is not None and bound.get("keepdim", True):
+                return Softmax(bound["score"], dim, tuple(dict.fromkeys(bound["nodes"])), sink)
+    return None
+
+
+def _one_axis(dim: object, score: Node) -> int | None:
+    """The axis that a reduction runs over, where it is one."""
+    if isinstance(dim, (tuple, list)) and len(dim) == 1:
+        (dim,) = dim
+    held = tensor(score)
+    return dim % held.ndim if isinstance(dim, int) and held is not None and held.ndim else None
