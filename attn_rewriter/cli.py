@@ -100,7 +100,7 @@ def _others(chosen: str, spec: AttentionSpec, shapes: Shapes, device: Device) ->
     for name, kernel in KERNELS.items():
         reasons = kernel.refusals(spec, shapes, device)
         if name != chosen:
-            later = "comes later in the order" if name in order(device) else "only when asked for by name"
+            later = "comes later in the order" if name in order(spec, shapes, device) else "only when asked for by name"
             lines.append(f"{name}: {'; '.join(reasons) or later}")
     return lines
 

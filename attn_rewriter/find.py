@@ -18,10 +18,11 @@ from attn_rewriter.patterns.softmax import Softmax, read_softmax
 
 PRODUCTS = frozenset({"matmul", "baddbmm", "einsum"})
 # Operations that a walk from the softmax to a product may meet: elementwise ones, views, casts and selections.
-_PASSED = frozenset(
-    "add sub mul div neg tanh clamp maximum minimum max amax unpack detach cast copy permute reshape expand repeat "
-    "repeat_interleave getitem where masked_fill nan_to_num append pad dropout".split()  # noqa: SIM905
-)
+_PASSED = {
+    *("add", "sub", "mul", "div", "neg", "tanh", "clamp", "maximum", "minimum", "max", "amax", "unpack", "detach"),
+    *("cast", "copy", "permute", "reshape", "expand", "repeat", "repeat_interleave", "getitem", "append", "pad"),
+    *("where", "masked_fill", "nan_to_num", "dropout"),
+}
 
 
 @dataclass(frozen=True)

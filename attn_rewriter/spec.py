@@ -310,7 +310,7 @@ class AttentionSpec:
 
     modifiers: tuple[Modifier, ...] = ()
     dropout_p: float = 0.0
-    sinks: Hashable | float | None = None
+    sinks: str | float | None = None
     gates: tuple[ScaleBy, ...] = ()
     zero_rows: bool = False
 

@@ -29,7 +29,7 @@ class Dropout:
 
 @dataclass(frozen=True)
 class Shift:
-    """Scores less one number for each row, which changes no weight: `by` is a node of one element a row, or a number."""
+    """Scores less one number for each row, a node or the same for all, which changes no weight."""
 
     by: Node | float
 

@@ -73,7 +73,7 @@ def shifted(score: Node, c: float) -> Any:
 
 @scores(score - reduced("by", score))
 def less_its_maximum(score: Node, by: Node) -> Any:
-    """`scores - scores.max(-1, keepdim=True)`, for a softmax that does not overflow: gpt-oss, GroundingDINO, CogView."""
+    """`scores - scores.max(-1, keepdim=True)` keeps a softmax from overflow: gpt-oss, GroundingDINO, CogView."""
     return score, Shift(by)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from attn_rewriter.graph import Call, Facts, tensor
+from attn_rewriter.graph import Call, tensor
 from attn_rewriter.patterns.match import Matcher, Pattern, argument, exp, logsumexp, softmax, summed, tensor_
 
 _score, _dim, _keepdim = tensor_("score"), argument("dim"), argument("keepdim")

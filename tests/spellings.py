@@ -826,12 +826,6 @@ def weights_on_the_right(q, k, v):
     return (v.mT @ weights.mT).mT
 
 
-@spelling()
-def transposed_scores(q, k, v):
-    weights = (k @ q.mT * D**-0.5).softmax(dim=-2)
-    return weights.mT @ v
-
-
 @spelling("scale 0.1768", shapes={"image": (B, 32, 4, 5)})
 def latent_diffusion_block(image):
     b, c, h, w = image.shape

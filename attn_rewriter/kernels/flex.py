@@ -35,7 +35,6 @@ from attn_rewriter.spec import (
     ScaleBy,
     Shapes,
     Softcap,
-    same,
 )
 
 _BLOCK = 128
@@ -111,6 +110,18 @@ def _names(modifier: Modifier) -> list[str]:
     ]
 
 
+@torch.library.custom_op("attn_rewriter::in_memory", mutates_args=())
+def _in_memory(x: torch.Tensor) -> torch.Tensor:
+    """A copy. Inductor's C++ template fails on a captured tensor that it would compute where it is read (2.13); what
+    an operator returns that it does not know is computed before."""
+    return x.clone()
+
+
+@_in_memory.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
 class _Node:
     """A function that becomes one node where it is called on stand-ins; equal ones are the same function."""
 
@@ -147,6 +158,7 @@ class _Blocks(_Node):
         return tuple(getattr(blocks, name) for name in _TENSORS)
 
 
+# In the order in which `BlockMask` takes them.
 _TENSORS = tuple(
     f"{full}{side}_{what}" for side in ("kv", "q") for full in ("", "full_") for what in ("num_blocks", "indices")
 )
@@ -177,14 +189,14 @@ class _Attend(_Node):
         buffers = tuple(
             x if isinstance(x, torch.Tensor) else query.new_full((1, 1, 1, 1), x, dtype=torch.float32) for x in captured
         )
+        if query.device.type == "cpu" and not self.logsumexp:
+            masks, buffers = (tuple(_in_memory(x) for x in held) for held in (masks, buffers))
         if blocks is None:
             one = torch.ones(1, 1, 1, dtype=torch.int32, device=query.device)
             block_mask = BlockMask.from_kv_blocks(one, one.unsqueeze(-1) * 0, BLOCK_SIZE=_WHOLE, seq_lengths=(1, 1))
         else:
             lengths = (query.size(-2), key.size(-2))
-            block_mask = BlockMask(
-                lengths, **dict(zip(_TENSORS, blocks)), BLOCK_SIZE=(_BLOCK, _BLOCK), mask_mod=self.mask_mod
-            )
+            block_mask = BlockMask(lengths, *blocks, (_BLOCK, _BLOCK), self.mask_mod)  # type: ignore[misc, arg-type]
         options = {
             "BACKEND": "AUTO",
             "PRESCALE_QK": False,
