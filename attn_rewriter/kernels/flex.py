@@ -196,7 +196,7 @@ class _Attend(_Node):
             block_mask = BlockMask.from_kv_blocks(one, one.unsqueeze(-1) * 0, BLOCK_SIZE=_WHOLE, seq_lengths=(1, 1))
         else:
             lengths = (query.size(-2), key.size(-2))
-            block_mask = BlockMask(lengths, *blocks, (_BLOCK, _BLOCK), self.mask_mod)  # type: ignore[misc, arg-type]
+            block_mask = BlockMask(lengths, *blocks, (_BLOCK, _BLOCK), self.mask_mod)  # type: ignore[call-arg, arg-type]
         options = {
             "BACKEND": "AUTO",
             "PRESCALE_QK": False,
