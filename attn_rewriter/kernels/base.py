@@ -22,13 +22,14 @@ def number(size: Size, tensors: Tensors) -> Any:
 
 @dataclass(frozen=True)
 class Limits:
-    """The part of a declaration that is the same for all kernels; None means no limit."""
+    """The part of a declaration that is the same for all kernels; None means no limit. `max_blocks` is what CUDA
+    takes in the dimensions of a grid that kernels give to batch and heads."""
 
     devices: frozenset[str] | None = None
     min_capability: tuple[int, int] | None = None
     dtypes: frozenset[torch.dtype] | None = None
     max_head_dim: int | None = None
-    package: str | None = None
+    max_blocks: int | None = None
 
     def refusals(self, shapes: Shapes, device: Device) -> list[str]:
         """One sentence for each limit that is not kept."""
@@ -46,6 +47,9 @@ class Limits:
                 if not isinstance(size, int) or size > self.max_head_dim:
                     reasons.append(f"head_dim is at most {self.max_head_dim}, here {size}")
                     break
+        if self.max_blocks is not None and device.type == "cuda":
+            if any(isinstance(n, int) and n > self.max_blocks for n in (shapes.batch, shapes.num_heads)):
+                reasons.append(f"its CUDA kernels take at most {self.max_blocks} batches and heads")
         return reasons
 
 

@@ -51,6 +51,7 @@ class Flex(Kernel):
         devices=frozenset({"cpu", "cuda"}),
         min_capability=(7, 0),
         dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),
+        max_blocks=2**16 - 1,
     )
 
     def refusals(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> list[str]:
@@ -59,6 +60,10 @@ class Flex(Kernel):
             reasons.append("has no dropout")
         if not all(isinstance(n, int) for n in (shapes.num_heads, shapes.head_dim, shapes.head_dim_v)):
             reasons.append("needs the numbers of heads and their sizes to be known")
+        scores = shapes.q_len * shapes.kv_len
+        read = spec.numeric or any(True for leaf in spec.keep.leaves() if hasattr(leaf, "tensor"))
+        if read and isinstance(scores, int) and scores >= 2**31:
+            reasons.append("its offsets into masks and biases may be of 32 bits, too few for so many scores")
         if device.type == "cpu":
             if shapes.needs_backward:
                 reasons.append("has no backward pass on CPU")

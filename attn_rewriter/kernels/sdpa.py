@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from attn_rewriter.device import Device
-from attn_rewriter.kernels.base import Kernel, Tensors
+from attn_rewriter.kernels.base import Kernel, Limits, Tensors
 from attn_rewriter.kernels.masking import keep_mask, summed_bias
 from attn_rewriter.spec import EVERY_KEY, AffineForm, AttentionSpec, Band, Shapes
 
@@ -23,6 +23,7 @@ class SDPA(Kernel):
     """Any affine form: scale, biases, masks as tensors, causal without one, GQA, dropout; sinks as one more key."""
 
     name = "sdpa"
+    limits = Limits(max_blocks=2**16 - 1)  # pytorch#142228
 
     def refusals(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> list[str]:
         form = spec.affine()
@@ -31,18 +32,14 @@ class SDPA(Kernel):
 
     @staticmethod
     def _too_large(spec: AttentionSpec, form: AffineForm, shapes: Shapes, device: Device) -> list[str]:
-        """Sizes at which PyTorch's CUDA kernels raise (a grid of 2**16 blocks, pytorch#142228), or are wrong without a
-        word (offsets of 32 bits in memory-efficient attention, taken where flash is not, pytorch#187227)."""
-        reasons = []
-        if device.type == "cuda":
-            if any(isinstance(n, int) and n >= 2**16 for n in (shapes.batch, shapes.num_heads)):
-                reasons.append("its CUDA kernels take less than 65536 batches and heads")
-            flash = shapes.dtype in _HALF and not form.biases and spec.sinks is None
-            flash = flash and form.keep.within(shapes.q_len, shapes.kv_len) in (EVERY_KEY, Band(None, 0))
-            scores = shapes.q_len * shapes.kv_len
-            if isinstance(scores, int) and scores > 2**32 and not flash:
-                reasons.append("its CUDA kernels for masks, biases and float32 take at most 2**32 scores a head")
-        return reasons
+        """Sizes at which memory-efficient attention, taken where flash is not, is wrong without a word (offsets of 32
+        bits, pytorch#187227)."""
+        flash = shapes.dtype in _HALF and not form.biases and spec.sinks is None
+        flash = flash and form.keep.within(shapes.q_len, shapes.kv_len) in (EVERY_KEY, Band(None, 0))
+        scores = shapes.q_len * shapes.kv_len
+        if device.type == "cuda" and isinstance(scores, int) and scores > 2**32 and not flash:
+            return ["its CUDA kernels for masks, biases and float32 take at most 2**32 scores a head"]
+        return []
 
     def attend(self, spec: AttentionSpec, shapes: Shapes, device: Device, tensors: Tensors) -> torch.Tensor:
         form = spec.affine()
