@@ -153,15 +153,6 @@ class Index:
             low, high = low + least, high + most
         return low, high
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is a sum of its terms and nothing else."""
-        return self.offset == 0 and all(c == 1 and not isinstance(t, Quotient) for t, c in self.terms)
-
-    def is_like(self, other: Index) -> bool:
-        """Whether both differ at most in the tensors' names."""
-        return _without_names(self) == _without_names(other)
-
     def __str__(self) -> str:
         words = [_times(term, coefficient) for term, coefficient in self.terms]
         if self.offset != 0 or not words:
@@ -313,31 +304,33 @@ class Compare(Predicate):
         return self if known is None else known
 
     def __str__(self) -> str:
-        left, right, relation = self.left, self.right, self.relation
-        if relation == "le" and left == Index(0, (("key", 1),)):
-            if not right.terms:
+        sign = {"le": "<=", "lt": "<", "eq": "==", "ne": "!="}[self.relation]
+        return self._in_words() or f"{self.left} {sign} {self.right}"
+
+    def _in_words(self) -> str | None:
+        """What a mask of this form is called."""
+        left, right = self.left, self.right
+        across = _without_names(left.substitute(_query_for_key)) == _without_names(right)
+        match self.relation, left.terms, right.terms:
+            case "le", (("key", 1),), () if not left.offset:
                 return f"prefix {right.offset + 1}"
-            match [*right.leaves()]:
-                case ["query", Values(axes=axes)] if "query" not in axes and right.is_plain:
-                    return "causal, offset tensor"
-                case [Values(axes=axes)] if "query" in axes and right.is_plain:
-                    return "causal, positions tensor"
-        if relation == "lt" and left == Index(0, (("key", 1),)) and right.is_plain:
-            match [*right.leaves()]:
-                case [Values(axes=("batch",))]:
-                    return "key lengths"
-        swapped = left.substitute(_query_for_key)
-        if swapped.is_like(right):
-            if relation == "eq":
-                match left.terms:
-                    case ((Values(), 1),):
-                        return "documents"
-                    case ((Quotient(of, divisor), 1),):
-                        return f"chunks of {divisor}" + (", offset tensor" if any(of.values()) else "")
-            if relation == "le" and all(isinstance(term, Values) for term, _ in left.terms):
+            case "le", (("query", 1),), () if not left.offset:
+                return f"queries below {right.offset + 1}"
+            case "le", (), ((("key" | "query") as axis, 1),) if not right.offset:
+                return f"{'keys' if axis == 'key' else 'queries'} from {left.offset}"
+            case "lt", (("key", 1),), ((Values(axes=("batch",)), 1),) if left.offset == right.offset == 0:
+                return "key lengths"
+            case "le", (("key", 1),), ((Values() as values, 1),) if left.offset == right.offset == 0:
+                return "causal, positions tensor" if "query" in values.axes else None
+            case "le", (("key", 1),), (("query", 1), (Values() as values, 1)) if left.offset == right.offset == 0:
+                return None if "query" in values.axes else "causal, offset tensor"
+            case "le", ((Values(), 1),), ((Values(), 1),) if across:
                 return "causal, positions tensor"
-        sign = {"le": "<=", "lt": "<", "eq": "==", "ne": "!="}[relation]
-        return f"{left} {sign} {right}"
+            case "eq", ((Values(), 1),), ((Values(), 1),) if across:
+                return "documents"
+            case "eq", ((Quotient(of, divisor), 1),), _ if across:
+                return f"chunks of {divisor}" + (", offset tensor" if any(of.values()) else "")
+        return None
 
 
 @dataclass(frozen=True)

@@ -277,7 +277,7 @@ def _whole(at: tuple[Index, ...], sizes: tuple[Size, ...]) -> Dims | None:
     """The dimensions of a tensor that is read whole and straight, or None."""
     dims: list[Dim] = []
     for index, n in zip(at, sizes):
-        if not index.is_plain or len(index.terms) > 1 or any(index.values()):
+        if index.offset != 0 or any(not isinstance(t, Atom) or c != 1 for t, c in index.terms) or index.terms[1:]:
             return None
         dims.append(tuple(axis for axis, _ in index.terms))
         if not same(extent(dims[-1]), n):
@@ -378,7 +378,7 @@ def _as_dtype(value: Value, dtype: torch.dtype) -> Value:
 def _values_as(index: Index, dtype: torch.dtype) -> Index:
     """Values of a tensor, in a type that holds all of them; sums of such only in 64 bits, where specs compute them."""
     (first, _), *_ = index.terms
-    alone = index.is_plain and len(index.terms) == 1 and isinstance(first, Values)
+    alone = isinstance(first, Values) and index == Index(0, ((first, 1),))
     own = _dtype(first.tensor[0]) if alone else torch.int64
     numbers = [index.offset, *(coefficient for _, coefficient in index.terms)]
     if (

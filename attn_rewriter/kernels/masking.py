@@ -77,8 +77,8 @@ def holds(
         total = number(index.offset)
         for term, coefficient in index.terms:
             match term:
-                case Values(name):
-                    found = _gathered(tensors[str(name)], at).long()
+                case Values():
+                    found = _gathered(term, tensors, at).long()
                 case Quotient(of, divisor):
                     found = integer(of) // divisor
                 case _:
@@ -93,8 +93,8 @@ def holds(
                 return reduce(and_, map(evaluated, terms))
             case Not(term):
                 return ~evaluated(term)
-            case TensorMask(name):
-                return _gathered(tensors[str(name)], at)
+            case TensorMask():
+                return _gathered(part, tensors, at)
             case Band(lower, upper):
                 distance = k - q
                 sides = [] if lower is None else [distance >= number(lower)]
@@ -109,9 +109,9 @@ def holds(
     return evaluated(predicate)
 
 
-def _gathered(tensor: torch.Tensor, at: dict[str, torch.Tensor]) -> torch.Tensor:
-    """A tensor in a layout that broadcasts to the scores, at coordinates."""
-    return tensor[tuple(i if n != 1 else i * 0 for n, i in zip(tensor.shape, at.values()))]
+def _gathered(leaf: TensorMask | Values, tensors: Tensors, at: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The elements of a tensor at coordinates; over an axis that it does not vary over, it has but one."""
+    return tensors[str(leaf.tensor)][tuple(i if axis in leaf.axes else i * 0 for axis, i in at.items())]
 
 
 def coordinates(
