@@ -505,9 +505,9 @@ class _Reading:
     def _named(self, keep: Predicate, mask: str, origin: State) -> Predicate:
         """Give the tensors inside a predicate names: the mask's own to the one that is the whole mask."""
         names: dict[Any, str] = {}
-        for leaf in keep.leaves():
-            held = getattr(leaf, "tensor", None)
-            if held is not None and held not in names:
+        held: Any
+        for held in keep.tensors():
+            if held not in names:
                 node, dims = held
                 names[held] = mask if node is origin.node else f"{mask}.{len(names)}"
                 self.operands.setdefault(names[held], Operand((State(node, dims),)))

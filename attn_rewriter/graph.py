@@ -96,6 +96,12 @@ ne(input, other): torch.ne torch.not_equal operator.ne .ne .not_equal .__ne__
 and(input, other): torch.logical_and torch.bitwise_and operator.and_ .logical_and .bitwise_and .__and__ .__rand__
 or(input, other): torch.logical_or torch.bitwise_or operator.or_ .logical_or .bitwise_or .__or__ .__ror__
 not(input): torch.logical_not torch.bitwise_not operator.invert .logical_not .bitwise_not .__invert__
+xor(input, other): torch.logical_xor torch.bitwise_xor operator.xor .logical_xor .bitwise_xor .__xor__ .__rxor__
+floor_divide(input, other): torch.floor_divide operator.floordiv .floor_divide .__floordiv__
+remainder(input, other): torch.remainder operator.mod .remainder .__mod__
+abs(input): torch.abs torch.absolute operator.abs .abs .absolute .__abs__
+maximum(input, other): torch.maximum .maximum
+minimum(input, other): torch.minimum .minimum
 arange(*bounds, step=1): torch.arange
 full(size, fill_value): torch.full
 zeros(*size): torch.zeros

@@ -14,8 +14,8 @@ Head `h` of the query reads head `h // (num_heads // num_kv_heads)` of key and v
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Union
 
 import sympy
@@ -50,13 +50,35 @@ class Predicate:
         return conjunction((self, other))
 
     def __or__(self, other: Predicate) -> Predicate:
-        return ~(~self & ~other)
+        joined = _joined(self, other) if isinstance(self, Band) and isinstance(other, Band) else None
+        return joined or ~(~self & ~other)
+
+    def __xor__(self, other: Predicate) -> Predicate:
+        return (self & ~other) | (~self & other)
 
     def __invert__(self) -> Predicate:
         return self.term if isinstance(self, Not) else Not(self)
 
-    def leaves(self) -> Iterator[Predicate]:
-        yield self
+    def tensors(self) -> Iterator[Hashable]:
+        """The tensors that it reads; `rename` gives them names."""
+        return (part.tensor for part in _parts(self) if isinstance(part, (TensorMask, Values)))
+
+    def sizes(self) -> Iterator[sympy.Expr]:
+        """The sizes in it that only the run knows."""
+        return (part for part in _parts(self) if isinstance(part, sympy.Expr))
+
+    def varies_over(self) -> frozenset[str]:
+        """The axes over which it may vary."""
+        found: set[str] = set()
+        for part in _parts(self):
+            match part:
+                case Band():
+                    found |= {"query", "key"}
+                case TensorMask(axes=axes) | Values(axes=axes):
+                    found |= {*axes}
+                case Index(terms=terms):
+                    found |= {term for term, _ in terms if isinstance(term, str)}
+        return frozenset(found)
 
     def rename(self, names: dict[Hashable, str]) -> Predicate:
         return self
@@ -64,6 +86,169 @@ class Predicate:
     def within(self, q_len: Size, kv_len: Size) -> Predicate:
         """The simplest predicate that agrees with this one on `q_len` queries and `kv_len` keys."""
         return self
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """A value and everything inside of it."""
+    yield value
+    held = (getattr(value, field.name) for field in fields(value)) if is_dataclass(value) else value
+    if is_dataclass(value) or isinstance(value, tuple):
+        for part in held:
+            yield from _parts(part)
+
+
+@dataclass(frozen=True)
+class Values:
+    """The integers of a tensor that nothing more is known about than the axes it varies over."""
+
+    tensor: Hashable
+    axes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"tensor[{', '.join(self.axes)}]"
+
+
+@dataclass(frozen=True)
+class Quotient:
+    """`of // divisor`, rounded down; the divisor is positive."""
+
+    of: Index
+    divisor: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.of} // {self.divisor}"
+            if len(self.of.terms) == 1 and not self.of.offset
+            else (f"({self.of}) // {self.divisor}")
+        )
+
+
+@dataclass(frozen=True)
+class Index:
+    """`offset + Σ coefficient * term`: an integer at coordinates.
+
+    A term is a coordinate, which a spec calls by its axis ("batch", "head", "query", "key"), or `Values`, or a
+    `Quotient`. While a mask is read, coordinates are what the reader tracks, and a lone offset may be of any type.
+    """
+
+    offset: Any = 0
+    terms: tuple[tuple[Any, int], ...] = ()
+
+    def __add__(self, other: Index) -> Index:
+        terms = dict(self.terms)
+        for term, coefficient in other.terms:
+            terms[term] = terms.get(term, 0) + coefficient
+        return Index(self.offset + other.offset, tuple((t, c) for t, c in terms.items() if c != 0))
+
+    def __mul__(self, factor: Any) -> Index:
+        return Index(self.offset * factor, tuple((t, c * factor) for t, c in self.terms if factor != 0))
+
+    def __neg__(self) -> Index:
+        return self * -1
+
+    def leaves(self) -> Iterator[Any]:
+        """Coordinates and values, those inside of quotients too."""
+        for term, _ in self.terms:
+            yield from term.of.leaves() if isinstance(term, Quotient) else (term,)
+
+    def values(self) -> Iterator[Values]:
+        return (leaf for leaf in self.leaves() if isinstance(leaf, Values))
+
+    def substitute(self, function: Callable[[Any], Any]) -> Index:
+        """With another leaf for each of the `leaves`; sorted, so that equal ones are the same."""
+        terms = [
+            (Quotient(t.of.substitute(function), t.divisor) if isinstance(t, Quotient) else function(t), c)
+            for t, c in self.terms
+        ]
+        return Index(self.offset, tuple(sorted(terms, key=str)))
+
+    def bounds(self, size: Callable[[Any], Size | None]) -> tuple[Size, Size] | None:
+        """The least and the largest value, given the size of each coordinate; None where that is not known."""
+        low = high = self.offset
+        for term, coefficient in self.terms:
+            if isinstance(term, Quotient):
+                inner = term.of.bounds(size)
+                if inner is None or not all(isinstance(bound, int) for bound in inner):
+                    return None
+                reach = tuple(bound // term.divisor for bound in inner)
+            else:
+                n = None if isinstance(term, Values) else size(term)
+                if n is None:
+                    return None
+                reach = (0, n - 1)
+            least, most = (coefficient * bound for bound in (reach if coefficient > 0 else reach[::-1]))
+            low, high = low + least, high + most
+        return low, high
+
+    def __str__(self) -> str:
+        words = [_times(term, coefficient) for term, coefficient in self.terms]
+        if self.offset != 0 or not words:
+            words.append(str(self.offset))
+        return " + ".join(words).replace("+ -", "- ")
+
+
+def _times(term: Any, coefficient: int) -> str:
+    word = f"({term})" if isinstance(term, Quotient) and coefficient not in (1, -1) else str(term)
+    return {1: word, -1: f"-{word}"}.get(coefficient, f"{coefficient} * {word}")
+
+
+def _without_names(index: Index) -> Index:
+    return index.substitute(lambda term: replace(term, tensor="") if isinstance(term, Values) else term)
+
+
+def _query_for_key(term: Any) -> Any:
+    if isinstance(term, Values):
+        return replace(term, axes=tuple("query" if axis == "key" else axis for axis in term.axes))
+    return "query" if term == "key" else term
+
+
+def always(bounds: tuple[Size, Size] | None, relation: str) -> Predicate | None:
+    """Whether a difference within these bounds is `relation` zero; None where that is not known or varies."""
+    if bounds is None:
+        return None
+    low, high = bounds
+    if relation == "ne":
+        known = always(bounds, "eq")
+        return None if known is None else ~known
+    if relation == "eq":
+        if at_most(1, low) or at_most(high, -1):
+            return NO_KEY
+        return EVERY_KEY if same(low, 0) and same(high, 0) else None
+    limit = 0 if relation == "le" else -1
+    return EVERY_KEY if at_most(high, limit) else NO_KEY if at_most(limit + 1, low) else None
+
+
+def compared(left: Index, right: Index, relation: str) -> Predicate:
+    """`left relation right` in its simplest form, `relation` being "le", "lt" or "eq".
+
+    Sums of coordinates are small, and may be moved from side to side; sums with values of tensors wrap around where
+    the model's own do, if they stay as they are.
+    """
+    if left == right:
+        return NO_KEY if relation == "lt" else EVERY_KEY
+    if any(left.values()) or any(right.values()):
+        if relation == "eq" and "key" not in _axes(left):
+            left, right = right, left
+        return Compare(left, right, relation)
+    difference = left + -right
+    if relation == "lt":
+        difference, relation = difference + Index(1), "le"
+    coefficients, offset = dict(difference.terms), difference.offset
+    if coefficients == {"key": 1, "query": -1}:
+        return Band(-offset if relation == "eq" else None, -offset)
+    if coefficients == {"key": -1, "query": 1}:
+        return Band(offset, offset if relation == "eq" else None)
+    less = Index(0, tuple((t, c) for t, c in difference.terms if c > 0))
+    if relation == "eq" and "key" not in _axes(less) and ("key" in _axes(difference) or not less.terms):
+        return compared(right, left, relation)
+    more = Index(-difference.offset, tuple((t, -c) for t, c in difference.terms if c < 0))
+    if not less.terms:
+        less, more = Index(-more.offset), Index(0, more.terms)
+    return Compare(less, more, relation)
+
+
+def _axes(index: Index) -> set[str]:
+    return {axis for leaf in index.leaves() for axis in (leaf.axes if isinstance(leaf, Values) else (leaf,))}
 
 
 @dataclass(frozen=True)
@@ -116,6 +301,63 @@ class Band(Predicate):
 
 
 @dataclass(frozen=True)
+class Compare(Predicate):
+    """`left <= right`, `left < right`, `left == right` or `left != right`, for what no `Band` says.
+
+    Sides that hold values of tensors are evaluated as they are, in 64 bits; others are in the form that `compared`
+    gives them.
+    """
+
+    left: Index
+    right: Index
+    relation: str
+
+    def __invert__(self) -> Predicate:
+        if self.relation in ("eq", "ne"):
+            return replace(self, relation="ne" if self.relation == "eq" else "eq")
+        return compared(self.right, self.left, "lt" if self.relation == "le" else "le")
+
+    def rename(self, names: dict[Hashable, str]) -> Predicate:
+        def renamed(term: Any) -> Any:
+            return replace(term, tensor=names[term.tensor]) if isinstance(term, Values) else term
+
+        return replace(self, left=self.left.substitute(renamed), right=self.right.substitute(renamed))
+
+    def within(self, q_len: Size, kv_len: Size) -> Predicate:
+        known = always((self.left + -self.right).bounds({"query": q_len, "key": kv_len}.get), self.relation)
+        return self if known is None else known
+
+    def __str__(self) -> str:
+        sign = {"le": "<=", "lt": "<", "eq": "==", "ne": "!="}[self.relation]
+        return self._in_words() or f"{self.left} {sign} {self.right}"
+
+    def _in_words(self) -> str | None:
+        """What a mask of this form is called."""
+        left, right = self.left, self.right
+        across = _without_names(left.substitute(_query_for_key)) == _without_names(right)
+        match self.relation, left.terms, right.terms:
+            case "le", (("key", 1),), () if not left.offset:
+                return f"prefix {right.offset + 1}"
+            case "le", (("query", 1),), () if not left.offset:
+                return f"queries below {right.offset + 1}"
+            case "le", (), ((("key" | "query") as axis, 1),) if not right.offset:
+                return f"{'keys' if axis == 'key' else 'queries'} from {left.offset}"
+            case "lt", (("key", 1),), ((Values(axes=("batch",)), 1),) if left.offset == right.offset == 0:
+                return "key lengths"
+            case "le", (("key", 1),), ((Values() as values, 1),) if left.offset == right.offset == 0:
+                return "causal, positions tensor" if "query" in values.axes else None
+            case "le", (("key", 1),), (("query", 1), (Values() as values, 1)) if left.offset == right.offset == 0:
+                return None if "query" in values.axes else "causal, offset tensor"
+            case "le", ((Values(), 1),), ((Values(), 1),) if across:
+                return "causal, positions tensor"
+            case "eq", ((Values(), 1),), ((Values(), 1),) if across:
+                return "documents"
+            case "eq", ((Quotient(of, divisor), 1),), _ if across:
+                return f"chunks of {divisor}" + (", offset tensor" if any(of.values()) else "")
+        return None
+
+
+@dataclass(frozen=True)
 class TensorMask(Predicate):
     """A boolean tensor that nothing more is known about than the axes it varies over."""
 
@@ -133,9 +375,6 @@ class TensorMask(Predicate):
 class Not(Predicate):
     term: Predicate
 
-    def leaves(self) -> Iterator[Predicate]:
-        yield from self.term.leaves()
-
     def rename(self, names: dict[Hashable, str]) -> Predicate:
         return ~self.term.rename(names)
 
@@ -151,10 +390,6 @@ class Not(Predicate):
 @dataclass(frozen=True)
 class And(Predicate):
     terms: tuple[Predicate, ...]
-
-    def leaves(self) -> Iterator[Predicate]:
-        for term in self.terms:
-            yield from term.leaves()
 
     def rename(self, names: dict[Hashable, str]) -> Predicate:
         return conjunction(term.rename(names) for term in self.terms)
@@ -175,8 +410,12 @@ def conjunction(predicates: Any) -> Predicate:
                 return NO_KEY
             if term == EVERY_KEY or term in terms:
                 continue
+            if ~term in terms:
+                return NO_KEY
             for i, other in enumerate(terms):
-                if isinstance(term, Band) and isinstance(other, Band) and (met := _meet(term, other)):
+                if isinstance(term, Band) and isinstance(other, Band) and (met := _met(term, other)):
+                    if met == NO_KEY:
+                        return NO_KEY
                     terms[i] = met
                     break
             else:
@@ -185,20 +424,38 @@ def conjunction(predicates: Any) -> Predicate:
     return EVERY_KEY if not terms else terms[0] if len(terms) == 1 else And(tuple(terms))
 
 
-def _meet(a: Band, b: Band) -> Band | None:
-    def tighter(x: Size | None, y: Size | None, sign: int) -> Size | None:
-        if x is None or y is None:
-            return y if x is None else x
-        if at_most(sign * x, sign * y):
-            return x
-        if at_most(sign * y, sign * x):
-            return y
-        raise ValueError("not comparable")
-
-    try:
-        return Band(tighter(a.lower, b.lower, -1), tighter(a.upper, b.upper, 1))
-    except ValueError:
+def _met(a: Band, b: Band) -> Predicate | None:
+    """The keys in both bands, where that is known to be a band."""
+    lower, upper = _tightest(-1, a.lower, b.lower), _tightest(1, a.upper, b.upper)
+    if lower is _UNKNOWN or upper is _UNKNOWN:
         return None
+    empty = lower is not None and upper is not None and at_most(upper + 1, lower)
+    return NO_KEY if empty else Band(lower, upper)
+
+
+def _joined(a: Band, b: Band) -> Predicate | None:
+    """The keys in either band, where that is known to be a band: they overlap, or one begins where the other ends."""
+    for one, other in ((a, b), (b, a)):
+        if one.upper is not None and other.lower is not None and not at_most(other.lower, one.upper + 1):
+            return None
+    lower, upper = _loosest(-1, a.lower, b.lower), _loosest(1, a.upper, b.upper)
+    if lower is _UNKNOWN or upper is _UNKNOWN:
+        return None
+    return EVERY_KEY if lower is None and upper is None else Band(lower, upper)
+
+
+_UNKNOWN: Any = object()
+
+
+def _tightest(sign: int, x: Size | None, y: Size | None) -> Any:
+    """The tighter of two sides (upper ones with `sign` 1, lower ones with -1), of which None is the loosest."""
+    if x is None or y is None:
+        return y if x is None else x
+    return x if at_most(sign * x, sign * y) else y if at_most(sign * y, sign * x) else _UNKNOWN
+
+
+def _loosest(sign: int, x: Size | None, y: Size | None) -> Any:
+    return None if x is None or y is None else _tightest(-sign, x, y)
 
 
 def _signed(offset: Size) -> str:

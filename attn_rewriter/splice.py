@@ -11,6 +11,8 @@ import sympy
 import torch
 from torch.fx import Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from attn_rewriter.errors import refuse
 from attn_rewriter.graph import Facts, is_pure, size, tensor
@@ -82,7 +84,8 @@ class Splice:
         return proxy if self.value(proxy).dtype == dtype else proxy.to(dtype)
 
     def size(self, n: Size) -> Any:
-        """A size as an argument: a number, or a stand-in for the node that holds the symbol."""
+        """A size as an argument: a number, or a stand-in for the node that holds it or for what is computed from the
+        nodes that hold its symbols."""
         if not isinstance(n, sympy.Expr):
             return n
         for node in self.facts.graph.nodes:
@@ -91,7 +94,9 @@ class Splice:
             held = node.meta.get("example_value")
             if isinstance(held, torch.SymInt) and same(size(held), n):
                 return self.stand_in(node)
-        refuse("emit", f"the size {n} is nowhere in the graph before")
+        if n.is_Symbol:
+            refuse("emit", f"the size {n} is nowhere in the graph before")
+        return sympy_interp(PythonReferenceAnalysis, {symbol: self.size(symbol) for symbol in n.free_symbols}, n)
 
     def replace(self, old: Node, new: Any, interior: Iterable[Node] = ()) -> None:
         """Let the stand-in `new` take the place of `old`; erase `old`, the `interior` nodes that only led to it, and

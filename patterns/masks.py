@@ -21,17 +21,21 @@ from torch.fx import Node
 
 from attn_rewriter.errors import Refused
 from attn_rewriter.graph import Call, Facts, shape, size, tensor
-from attn_rewriter.patterns.axes import Dim, Dims, extent, leaves
+from attn_rewriter.patterns.axes import Atom, Dim, Dims, extent, leaves
 from attn_rewriter.spec import (
     EVERY_KEY,
     NO_KEY,
     And,
-    Band,
+    Index,
     Not,
     Predicate,
+    Quotient,
     Size,
     TensorMask,
+    Values,
+    always,
     at_most,
+    compared,
     is_masking,
     same,
 )
@@ -39,34 +43,6 @@ from attn_rewriter.spec import (
 
 class Unreadable(Exception):
     """This expression has no reading; a boolean tensor around it may still be taken as it is."""
-
-
-@dataclass(frozen=True)
-class Index:
-    """`offset + Σ coefficient * coordinate`: the integer at a coordinate, or a constant of any type."""
-
-    offset: Any = 0
-    terms: tuple[tuple[Any, int], ...] = ()
-
-    def __add__(self, other: Index) -> Index:
-        terms = dict(self.terms)
-        for axis, coefficient in other.terms:
-            terms[axis] = terms.get(axis, 0) + coefficient
-        return Index(self.offset + other.offset, tuple((a, c) for a, c in terms.items() if c != 0))
-
-    def __mul__(self, factor: Any) -> Index:
-        return Index(self.offset * factor, tuple((a, c * factor) for a, c in self.terms if factor != 0))
-
-    def __neg__(self) -> Index:
-        return self * -1
-
-    def range(self) -> tuple[Size, Size]:
-        """The smallest and largest value over all coordinates."""
-        low = high = self.offset
-        for axis, coefficient in self.terms:
-            reach = coefficient * (axis.size - 1)
-            low, high = (low, high + reach) if coefficient > 0 else (low + reach, high)
-        return low, high
 
 
 @dataclass(frozen=True)
@@ -106,23 +82,27 @@ def compare(left: Index, right: Index, name: str) -> Predicate:
         and isinstance(right.offset, (int, float))
     ):
         return EVERY_KEY if getattr(operator, name)(left.offset, right.offset) else NO_KEY
-    if name == "eq":
-        return compare(left, right, "le") & compare(right, left, "le")
-    difference = left + -right  # <= bound, for integers
-    if not _integral(difference.offset):
+    if not (_integral(left.offset) and _integral(right.offset)):
         raise Unreadable("a comparison of positions with a fraction")
-    bound = -1 if name == "lt" else 0
-    low, high = difference.range()
-    if at_most(high, bound):
-        return EVERY_KEY
-    if at_most(bound + 1, low):
-        return NO_KEY
-    coefficients = {axis.name: coefficient for axis, coefficient in difference.terms}
-    if len(difference.terms) == 2 and coefficients == {"key": 1, "query": -1}:
-        return Band(None, bound - difference.offset)
-    if len(difference.terms) == 2 and coefficients == {"key": -1, "query": 1}:
-        return Band(difference.offset - bound, None)
-    raise Unreadable(f"a comparison over {sorted(coefficients)}")
+    known = always(_bounds(left + -right), name)
+    if known is not None:
+        return known
+    held = [*{*left.leaves(), *right.leaves()}]
+    if len(held) == 1 and isinstance(held[0], Values):
+        raise Unreadable("values of a tensor that nothing is known about: what they say is a tensor, too")
+    return compared(left.substitute(_in_spec), right.substitute(_in_spec), name)
+
+
+def _in_spec(leaf: Any) -> Any:
+    if isinstance(leaf, Atom):
+        if leaf.name not in ("batch", "head", "query", "key"):
+            raise Unreadable(f"a part of an axis, {leaf.name}")
+        return leaf.name
+    return leaf
+
+
+def _bounds(index: Index) -> tuple[Size, Size] | None:
+    return index.bounds(operator.attrgetter("size"))
 
 
 @dataclass
@@ -163,7 +143,7 @@ class MaskReader:
             if isinstance(part, And):
                 joined = operator.or_ if negated else operator.and_
                 return reduce(joined, (rewritten(term, negated) for term in part.terms))
-            if isinstance(part, TensorMask) and part.tensor[0].graph is not self.facts.graph:  # type: ignore[index]
+            if any(held[0].graph is not self.facts.graph for held in part.tensors()):  # type: ignore[index]
                 return whole
             return ~part if negated else part
 
@@ -202,27 +182,41 @@ class MaskReader:
         return self.memo[key]
 
     def _read(self, facts: Facts, node: Node, at: tuple[Index, ...]) -> Value:
+        dims = _whole(at, shape(node))
+        if facts is self.facts and not facts.unchanged(node, self.until):
+            dims = None  # it can't be an operand
         try:
-            if node.op == "placeholder":
-                given = facts.argument(node)
-                if given is None or facts.outer is None or facts.caller is None:
-                    raise Unreadable("an input of the graph")
-                value = self.read(facts.outer, given, at, facts.caller)
-                if isinstance(value, Predicate) and facts is self.facts and facts.unchanged(node, self.until):
-                    dims = _whole(at, shape(node))
-                    return value if dims is None else self._held(value, node, dims)
-                return value
-            call = facts.call(node)
-            rule = _RULES.get(call.name) if call is not None else None
-            if call is None or rule is None:
-                raise Unreadable(f"{node.target}")
-            return rule(self, facts, node, call, at)
+            value = self._followed(facts, node, at)
         except (Unreadable, Refused):
-            found = tensor(node)
-            dims = _whole(at, shape(node)) if found is not None and found.dtype == torch.bool else None
-            if dims is None or (facts is self.facts and not facts.unchanged(node, self.until)):
-                raise
+            return self._opaque(node, dims)
+        foreign = node.op == "placeholder" and facts is self.facts
+        if isinstance(value, Predicate):
+            return self._held(value, node, dims) if foreign and dims is not None else value
+        # Integers that depend on a tensor's are best taken from this node, unless they are a mere sum.
+        if _reads_values(value) and dims is not None and (foreign or isinstance(value, Where)):
+            return self._opaque(node, dims)
+        return value
+
+    def _followed(self, facts: Facts, node: Node, at: tuple[Index, ...]) -> Value:
+        """What the node's operation makes of its arguments."""
+        if node.op == "placeholder":
+            given = facts.argument(node)
+            if given is None or facts.outer is None or facts.caller is None:
+                raise Unreadable("an input of the graph")
+            return self.read(facts.outer, given, at, facts.caller)
+        call = facts.call(node)
+        rule = _RULES.get(call.name) if call is not None else None
+        if call is None or rule is None:
+            raise Unreadable(f"{node.target}")
+        return rule(self, facts, node, call, at)
+
+    def _opaque(self, node: Node, dims: Dims | None) -> Value:
+        """What nothing more is known about: a tensor's booleans or integers, if it is read whole and straight."""
+        if dims is None or _dtype(node) not in (torch.bool, *_INTEGERS):
+            raise Unreadable(f"what {node} holds")
+        if _dtype(node) == torch.bool:
             return TensorMask((node, dims), axes(dims))
+        return Index(0, ((Values((node, dims), axes(dims)), 1),))
 
     def argument(self, facts: Facts, node: Node, value: Any, at: tuple[Index, ...]) -> Value:
         """An argument of an elementwise operation, broadcast to the coordinates of its result."""
@@ -231,6 +225,15 @@ class MaskReader:
         sizes = shape(value)
         own = at[len(at) - len(sizes) :] if sizes else ()
         return self.read(facts, value, tuple(Index() if n == 1 else c for n, c in zip(sizes, own)), node)
+
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def _reads_values(value: Value) -> bool:
+    if isinstance(value, Where):
+        return _reads_values(value.then) or _reads_values(value.otherwise)
+    return isinstance(value, Index) and any(value.values())
 
 
 def literal(value: Any) -> Index:
@@ -274,7 +277,7 @@ def _whole(at: tuple[Index, ...], sizes: tuple[Size, ...]) -> Dims | None:
     """The dimensions of a tensor that is read whole and straight, or None."""
     dims: list[Dim] = []
     for index, n in zip(at, sizes):
-        if index.offset != 0 or len(index.terms) > 1 or any(coefficient != 1 for _, coefficient in index.terms):
+        if index.offset != 0 or any(not isinstance(t, Atom) or c != 1 for t, c in index.terms) or index.terms[1:]:
             return None
         dims.append(tuple(axis for axis, _ in index.terms))
         if not same(extent(dims[-1]), n):
@@ -354,7 +357,9 @@ def _as_dtype(value: Value, dtype: torch.dtype) -> Value:
             if isinstance(offset, float) and offset.is_integer():
                 offset = int(offset)
             index = Index(offset, index.terms)
-            known = [abs(bound) for bound in index.range() if isinstance(bound, int)]
+            if any(index.values()):
+                return _values_as(index, dtype)
+            known = [abs(bound) for bound in _bounds(index) or () if isinstance(bound, int)]
             if not _integral(offset) or dtype not in _POSITIONS or max(known, default=0) > _POSITIONS[dtype]:
                 raise Unreadable(f"positions as {dtype}")
             return index
@@ -368,6 +373,21 @@ def _as_dtype(value: Value, dtype: torch.dtype) -> Value:
         return value
     converted = apply(convert, value)
     return predicate(converted) if dtype == torch.bool else converted
+
+
+def _values_as(index: Index, dtype: torch.dtype) -> Index:
+    """Values of a tensor, in a type that holds all of them; sums of such only in 64 bits, where specs compute them."""
+    (first, _), *_ = index.terms
+    alone = isinstance(first, Values) and index == Index(0, ((first, 1),))
+    own = _dtype(first.tensor[0]) if alone else torch.int64
+    numbers = [index.offset, *(coefficient for _, coefficient in index.terms)]
+    if (
+        dtype not in _INTEGERS
+        or torch.promote_types(own, dtype) != dtype
+        or any(isinstance(n, int) and abs(n) >= 2**31 for n in numbers)
+    ):
+        raise Unreadable(f"values of a tensor as {dtype}")
+    return index
 
 
 def _dtype(node: Node) -> torch.dtype:
@@ -458,9 +478,10 @@ def _from_front(position: Size, n: Size) -> Size:
 
 def _position(reader: MaskReader, facts: Facts, node: Node, item: Node, at: tuple[Index, ...]) -> Index:
     value = reader.argument(facts, node, item, at)
-    if not isinstance(value, Index) or not at_most(0, value.range()[0]):
+    bounds = _bounds(value) if isinstance(value, Index) else None
+    if bounds is None or not at_most(0, bounds[0]):
         raise Unreadable("an index tensor")
-    return value
+    return value  # type: ignore[return-value]
 
 
 @_reads("tril", "triu")
@@ -495,7 +516,7 @@ def _where(condition: Predicate, then: Value, otherwise: Value) -> Value:
 
 
 @_reads("lt", "le", "gt", "ge", "eq", "ne")
-def compared(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
+def comparison(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
     """Both sides are compared in the type that torch gives them: in bfloat16, -9984 is -10000."""
     operands = [call["input"], call["other"]]
     sides = (tensor(x) if tensor(x) is not None else x if isinstance(x, (bool, int, float)) else 0 for x in operands)
@@ -508,7 +529,7 @@ def _truth(value: Predicate) -> Value:
     return value if value not in (EVERY_KEY, NO_KEY) else Index(value == EVERY_KEY)
 
 
-@_reads("and", "or", "not")
+@_reads("and", "or", "xor", "not")
 def logical(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
     terms = [call["input"]] if call.name == "not" else [call["input"], call["other"]]
     if any(isinstance(term, Node) and tensor(term) is not None and tensor(term).dtype != torch.bool for term in terms):  # type: ignore[union-attr]
@@ -516,13 +537,15 @@ def logical(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[
     values = [predicate(reader.argument(facts, node, term, at)) for term in terms]
     if call.name == "not":
         return ~values[0]
-    return values[0] & values[1] if call.name == "and" else values[0] | values[1]
+    return {"and": operator.and_, "or": operator.or_, "xor": operator.xor}[call.name](*values)
 
 
 @_reads("add", "sub", "mul", "div", "neg", "pow", "sqrt", "rsqrt", "reciprocal")
 def arithmetic(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
-    if call.args.get("alpha", 1) != 1 or call.args.get("rounding_mode") is not None:
-        raise Unreadable("alpha or rounding")
+    if call.args.get("alpha", 1) != 1:
+        raise Unreadable("alpha")
+    if call.args.get("rounding_mode") is not None:
+        return floor_division(reader, facts, node, call, at)
     operands = [call[p] for p in ("input", "other", "exponent") if p in call.args]
     values = [reader.argument(facts, node, value, at) for value in operands]
     if tensor(node) is not None and tensor(node).dtype == torch.bool:  # type: ignore[union-attr]
@@ -531,6 +554,56 @@ def arithmetic(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tup
             raise Unreadable("arithmetic of booleans")
         return values[0] & values[1] if call.name == "mul" else values[0] | values[1]  # type: ignore[operator]
     return _as_dtype(apply(_ARITHMETIC[call.name], *values), _dtype(node))
+
+
+@_reads("floor_divide", "remainder")
+def floor_division(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
+    """Chunks of keys and queries, as Llama-4 has them."""
+    if call.args.get("rounding_mode", "floor") != "floor":
+        raise Unreadable("a division that does not round down")
+    values = (reader.argument(facts, node, call[name], at) for name in ("input", "other"))
+    return _as_dtype(apply(_remainder if call.name == "remainder" else _quotient, *values), _dtype(node))
+
+
+def _quotient(a: Index, b: Index) -> Index:
+    divisor = b.offset
+    if b.terms or isinstance(divisor, bool) or not isinstance(divisor, int) or divisor <= 0 or not _integral(a.offset):
+        raise Unreadable("a division by what is not a positive number")
+    if not any(a.values()):  # else the sum may wrap around
+        bounds = _bounds(a)
+        if bounds is not None and all(isinstance(n, int) for n in bounds):
+            low, high = (n // divisor for n in bounds)
+            if low == high:
+                return Index(low)
+        if isinstance(a.offset, int) and all(n % divisor == 0 for n in (a.offset, *(c for _, c in a.terms))):
+            return Index(a.offset // divisor, tuple((term, c // divisor) for term, c in a.terms))
+    if isinstance(a.offset, sympy.Expr):
+        raise Unreadable("a division of symbolic positions")
+    return Index(0, ((Quotient(a, divisor), 1),)) if a.terms else Index(a.offset // divisor)
+
+
+def _remainder(a: Index, b: Index) -> Index:
+    return a + -_product(_quotient(a, b), b)
+
+
+@_reads("abs")
+def absolute(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
+    """Symmetric windows."""
+    value = reader.argument(facts, node, call["input"], at)
+    return _as_dtype(apply(lambda a: _where(compare(a, Index(0), "ge"), a, -a), value), _dtype(node))
+
+
+@_reads("maximum", "minimum")
+def extremum(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
+    values = (_as_dtype(reader.argument(facts, node, call[name], at), _dtype(node)) for name in ("input", "other"))
+    first = "ge" if call.name == "maximum" else "le"
+
+    def greatest(a: Index, b: Index) -> Value:
+        if a.offset != a.offset or b.offset != b.offset:
+            raise Unreadable("not a number")
+        return _where(compare(a, b, first), a, b)
+
+    return apply(greatest, *values)
 
 
 def _product(a: Index, b: Index) -> Index:

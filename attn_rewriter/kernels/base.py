@@ -47,9 +47,9 @@ class Limits:
                 if not isinstance(size, int) or size > self.max_head_dim:
                     reasons.append(f"head_dim is at most {self.max_head_dim}, here {size}")
                     break
-        if self.max_blocks is not None and device.type == "cuda":
-            if any(isinstance(n, int) and n > self.max_blocks for n in (shapes.batch, shapes.num_heads)):
-                reasons.append(f"its CUDA kernels take at most {self.max_blocks} batches and heads")
+        most = max((n for n in (shapes.batch, shapes.num_heads) if isinstance(n, int)), default=0)
+        if self.max_blocks is not None and device.type == "cuda" and most > self.max_blocks:
+            reasons.append(f"its CUDA kernels take at most {self.max_blocks} batches and heads")
         return reasons
 
 

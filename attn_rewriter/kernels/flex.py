@@ -61,7 +61,7 @@ class Flex(Kernel):
         if not all(isinstance(n, int) for n in (shapes.num_heads, shapes.head_dim, shapes.head_dim_v)):
             reasons.append("needs the numbers of heads and their sizes to be known")
         scores = shapes.q_len * shapes.kv_len
-        read = spec.numeric or any(True for leaf in spec.keep.leaves() if hasattr(leaf, "tensor"))
+        read = spec.numeric or any(spec.keep.tensors())
         if read and isinstance(scores, int) and scores >= 2**31:
             reasons.append("its offsets into masks and biases may be of 32 bits, too few for so many scores")
         if device.type == "cpu":
@@ -83,7 +83,7 @@ class Flex(Kernel):
                 break
             modifiers.pop(0)
         keep = spec.keep.within(shapes.q_len, shapes.kv_len)
-        mask_names = tuple(dict.fromkeys(str(leaf.tensor) for leaf in keep.leaves() if hasattr(leaf, "tensor")))
+        mask_names = tuple(dict.fromkeys([*map(str, keep.tensors()), *keep.sizes()]))
         masks = tuple(tensors[name] for name in mask_names)
         blocks = None
         if keep != EVERY_KEY:
@@ -145,15 +145,15 @@ class _Blocks(_Node):
     """The blocks in which a predicate keeps anything, and everything, as the tensors of a `BlockMask`."""
 
     keep: Predicate
-    names: tuple[str, ...]
+    names: tuple[Any, ...]  # of tensors, and sizes that are symbols
     __name__ = "block_mask"
     is_shared = True
 
     def run(
         self, batch: int, num_heads: int, q_len: int, kv_len: int, device: Any, masks: tuple[torch.Tensor, ...]
     ) -> tuple[Any, ...]:
-        batch = batch if any(mask.size(0) != 1 for mask in masks) else 1
-        num_heads = num_heads if any(mask.size(1) != 1 for mask in masks) else 1
+        batch = batch if "batch" in self.keep.varies_over() else 1
+        num_heads = num_heads if "head" in self.keep.varies_over() else 1
         tensors = dict(zip(self.names, masks))
 
         def mask_mod(b: Any, h: Any, q: Any, k: Any) -> torch.Tensor:
@@ -174,7 +174,7 @@ class _Attend(_Node):
     """The operator, with the functions that it takes; gives output and logsumexp, that to the base 2."""
 
     keep: Predicate
-    mask_names: tuple[str, ...]
+    mask_names: tuple[Any, ...]
     modifiers: tuple[Modifier, ...]
     names: tuple[str, ...]
     scale: float

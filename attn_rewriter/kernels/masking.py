@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import operator
 from functools import reduce
 from operator import add, and_
+from typing import Any
 
 import torch
 
-from attn_rewriter.kernels.base import Tensors
-from attn_rewriter.spec import EVERY_KEY, AffineForm, Always, And, Band, Mask, Not, Predicate, Shapes, TensorMask
+from attn_rewriter.kernels.base import Tensors, number
+from attn_rewriter.spec import (
+    EVERY_KEY,
+    AffineForm,
+    Always,
+    And,
+    Band,
+    Compare,
+    Index,
+    Mask,
+    Not,
+    Predicate,
+    Quotient,
+    Shapes,
+    TensorMask,
+    Values,
+)
 
 
 def keep_mask(form: AffineForm, shapes: Shapes, tensors: Tensors) -> torch.Tensor | None:
@@ -40,25 +57,57 @@ def band_mask(band: Band, tensors: Tensors) -> torch.Tensor:
 
 
 def holds(
-    predicate: Predicate, tensors: Tensors, b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor
+    predicate: Predicate,
+    tensors: Tensors,
+    b: torch.Tensor,
+    h: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
 ) -> torch.Tensor:
     """A predicate at (batch, head, query, key), each an integer tensor: the 0-d ones of a FlexAttention `mask_mod`,
-    or `coordinates` that broadcast to the scores. Of the tensors, only those that the predicate names are read."""
-    match predicate:
-        case And(terms):
-            return reduce(and_, (holds(term, tensors, b, h, q, k) for term in terms))
-        case Not(term):
-            return ~holds(term, tensors, b, h, q, k)
-        case TensorMask(name):
-            return element(tensors[str(name)], b, h, q, k)
-        case Band(lower, upper):
-            distance = k - q
-            sides = [] if lower is None else [distance >= lower]
-            sides += [] if upper is None else [distance <= upper]
-            return reduce(and_, sides) if sides else distance == distance
-        case Always(value):
-            return (k == k) if value else (k != k)
-    raise NotImplementedError(f"{type(predicate).__name__} at coordinates")
+    or `coordinates` that broadcast to the scores. Of the tensors, only those that the predicate names are read.
+    Sizes in it that are symbols are keys of `tensors` as well."""
+    at = {"batch": b, "head": h, "query": q, "key": k}
+
+    def integer(index: Index) -> Any:
+        total = number(index.offset, tensors)
+        for term, coefficient in index.terms:
+            match term:
+                case Values():
+                    found = _gathered(term, tensors, at).long()
+                case Quotient(of, divisor):
+                    found = integer(of) // divisor
+                case _:
+                    found = at[term].long()
+            found = found if coefficient == 1 else found * coefficient
+            total = found if isinstance(total, int) and total == 0 else total + found
+        return total
+
+    def evaluated(part: Predicate) -> torch.Tensor:
+        match part:
+            case And(terms):
+                return reduce(and_, map(evaluated, terms))
+            case Not(term):
+                return ~evaluated(term)
+            case TensorMask():
+                return _gathered(part, tensors, at)
+            case Band(lower, upper):
+                distance = k - q
+                sides = [] if lower is None else [distance >= number(lower, tensors)]
+                sides += [] if upper is None else [distance <= number(upper, tensors)]
+                return reduce(and_, sides) if sides else distance == distance
+            case Compare(left, right, relation):
+                return getattr(operator, relation)(integer(left), integer(right))
+            case Always(value):
+                return (k == k) if value else (k != k)
+        raise NotImplementedError(f"{type(part).__name__} at coordinates")
+
+    return evaluated(predicate)
+
+
+def _gathered(leaf: TensorMask | Values, tensors: Tensors, at: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The elements of a tensor at coordinates; over an axis that it does not vary over, it has but one."""
+    return tensors[str(leaf.tensor)][tuple(i if axis in leaf.axes else i * 0 for axis, i in at.items())]
 
 
 def element(tensor: torch.Tensor, b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,391 @@
+"""Masks are read as what they say: bit by bit the tensor that the model builds.
+
+Attention with the unit matrix for its values gives its weights, so a kernel that returns what `holds` says about the
+mask that was read can be compared with the mask itself.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from attn_rewriter import Device
+from attn_rewriter.kernels import KERNELS, Kernel, Tensors
+from attn_rewriter.kernels.masking import coordinates, holds
+from attn_rewriter.spec import AttentionSpec, Mask, Shapes, conjunction
+from tests.running import rewritten
+
+EXAMPLES = int(os.environ.get("ATTN_REWRITER_EXAMPLES", 50))
+LOW = float("-inf")
+
+
+class Held(Kernel):
+    """Not attention, but its mask: what a predicate says at every coordinate, times the values."""
+
+    name = "held"
+
+    def attend(self, spec: AttentionSpec, shapes: Shapes, device: Device, tensors: Tensors) -> Tensor:
+        query, key, value = (tensors[name] for name in ("query", "key", "value"))
+        sizes = [query.size(0), query.size(1), query.size(2), key.size(2)]
+        keep = conjunction(m.keep for m in spec.modifiers if isinstance(m, Mask))
+        kept = holds(keep, tensors, *coordinates(*sizes))
+        return kept.to(value.dtype).expand(*sizes) @ value
+
+
+@pytest.fixture(autouse=True)
+def _kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(KERNELS, "held", Held())
+
+
+class Inputs(NamedTuple):
+    """Integers as models have them, and where that may matter, as they do not."""
+
+    i: Tensor  # [q_len], positions of the queries
+    j: Tensor  # [kv_len], and of the keys
+    length: Tensor  # [batch]
+    offset: Tensor  # []
+    places: Tensor  # [q_len]
+    ids: Tensor  # [batch, n], of documents; n is the larger of q_len and kv_len
+    wild: Tensor  # [batch, n], anything
+    narrow: Tensor  # [batch, n], in 32 bits
+    flags: Tensor  # [batch, n], booleans
+
+
+class Sizes(NamedTuple):
+    batch: int
+    q_len: int
+    kv_len: int
+
+
+SIZES = (Sizes(2, 6, 6), Sizes(3, 5, 8), Sizes(2, 8, 3), Sizes(2, 4, 4), Sizes(1, 1, 7))
+
+
+def inputs(sizes: Sizes, seed: int = 0) -> list[Tensor]:
+    batch, q_len, kv_len = sizes
+    n = max(q_len, kv_len)
+    generator = torch.Generator().manual_seed(seed)
+
+    def integers(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=generator)
+
+    extremes = torch.tensor([0, 1, 3, -1, 2**63 - 1, -(2**63), 2**31, -(2**31)])
+    return [
+        torch.zeros(batch, 2, q_len, 4),
+        torch.zeros(batch, 2, kv_len, 4),
+        torch.eye(kv_len).expand(batch, 2, kv_len, kv_len).contiguous(),
+        integers(1, kv_len + 1, batch),
+        integers(0, 4, 1)[0],
+        integers(0, kv_len, q_len),
+        (integers(0, 3, batch, n) == 0).cumsum(-1) - integers(0, 2, batch, 1),
+        extremes[integers(0, len(extremes), batch, n)],
+        integers(-3, 3, batch, n).int(),
+        integers(0, 2, batch, n).bool(),
+    ]
+
+
+Masking = Callable[[Inputs], Tensor]
+
+
+def attention(mask: Masking, apply: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    def function(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
+        i, j = torch.arange(q.shape[2]), torch.arange(k.shape[2])
+        return apply(q @ k.mT, mask(Inputs(i, j, *rest))).softmax(-1) @ v
+
+    return function
+
+
+def assert_read(mask: Masking, apply: Any, draws: list[list[Tensor]], dynamic: bool | None = None) -> list[Any]:
+    """What was read of a mask is the mask, for every draw of its inputs; returns what was read."""
+    compiled, report = rewritten(attention(mask, apply), dynamic, kernel="held")
+    with torch.no_grad():
+        for given in draws:
+            i, j = torch.arange(given[0].shape[2]), torch.arange(given[1].shape[2])
+            kept = mask(Inputs(i, j, *given[3:])).expand(given[0].shape[0], 2, len(i), len(j))
+            assert torch.equal(compiled(*given).bool(), kept)
+    assert all(site.kernel == "held" for site in report().sites), report()
+    return [conjunction(m.keep for m in s.spec.modifiers if isinstance(m, Mask)) for s in report().sites]
+
+
+def filled(scores: Tensor, keep: Tensor) -> Tensor:
+    return scores.masked_fill(~keep, LOW)
+
+
+APPLIED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "masked_fill": filled,
+    "where": lambda s, keep: torch.where(keep, s, LOW),
+    "added": lambda s, keep: s + torch.where(keep, 0.0, torch.finfo(s.dtype).min),
+    "added, one minus": lambda s, keep: s + (1.0 - keep.to(s.dtype)) * -1e9,
+    "added, filled": lambda s, keep: s + torch.zeros_like(keep, dtype=s.dtype).masked_fill(~keep, LOW),
+}
+
+# ---------------------------------------------------------------------------------------------------------------
+# Masks by name
+
+
+@dataclass
+class Named:
+    says: str
+    mask: Masking
+
+
+NAMED: dict[str, Named] = {}
+
+
+def says(words: str) -> Callable[[Masking], Masking]:
+    def register(mask: Masking) -> Masking:
+        NAMED[mask.__name__] = Named(words, mask)  # type: ignore[attr-defined]
+        return mask
+
+    return register
+
+
+@says("prefix 3")
+def prefix(x: Inputs) -> Tensor:
+    return (x.j < 3)[None, :].expand(len(x.i), -1)
+
+
+@says("causal or prefix 3")
+def prefix_lm(x: Inputs) -> Tensor:
+    return (x.j <= x.i[:, None]) | (x.j < 3)
+
+
+@says("causal or queries from 4")
+def late_queries(x: Inputs) -> Tensor:
+    return (x.j <= x.i[:, None]) | (x.i >= 4)[:, None]
+
+
+@says("key lengths")
+def lengths(x: Inputs) -> Tensor:
+    return (x.j < x.length[:, None])[:, None, None]
+
+
+@says("causal and key lengths")
+def causal_lengths(x: Inputs) -> Tensor:
+    return (x.j <= x.i[:, None]) & (x.j < x.length[:, None])[:, None, None]
+
+
+@says("causal or key lengths")
+def prefix_lengths(x: Inputs) -> Tensor:
+    """PaliGemma, T5 as a prefix language model."""
+    return (x.j <= x.i[:, None]) | (x.j < x.length[:, None])[:, None, None]
+
+
+@says("causal, offset tensor")
+def offset(x: Inputs) -> Tensor:
+    return x.j <= (x.i + x.offset)[:, None]
+
+
+@says("causal, positions tensor")
+def cache_position(x: Inputs) -> Tensor:
+    return x.j <= x.places[:, None]
+
+
+@says("documents")
+def documents(x: Inputs) -> Tensor:
+    ids = x.wild
+    return (ids[:, : len(x.i), None] == ids[:, None, : len(x.j)])[:, None]
+
+
+@says("causal and documents")
+def causal_documents(x: Inputs) -> Tensor:
+    return (x.j <= x.i[:, None]) & (x.ids[:, None, : len(x.i), None] == x.ids[:, None, None, : len(x.j)])
+
+
+@says("causal or documents and mask tensor [batch, query]")
+def blocks(x: Inputs) -> Tensor:
+    """Gemma-3's images."""
+    groups = torch.where(x.flags, x.ids, -1)
+    b = torch.arange(len(groups))[:, None, None, None]
+    of_query, of_key = groups[b, x.i[:, None]], groups[b, x.j]
+    return (x.j <= x.i[:, None]) | ((of_query == of_key) & (of_query >= 0))
+
+
+@says("chunks of 4")
+def chunks(x: Inputs) -> Tensor:
+    return x.i[:, None] // 4 == torch.div(x.j, 4, rounding_mode="floor")
+
+
+@says("causal and chunks of 3, offset tensor")
+def chunks_of_padded(x: Inputs) -> Tensor:
+    """Llama-4."""
+    b, i, j = torch.arange(len(x.length))[:, None, None, None], x.i[:, None], x.j
+    return ((j - x.length[b]) // 3 == (i - x.length[b]) // 3) & (j <= i)
+
+
+@says("query // 2 <= key // 2 + 1")
+def local_blocks(x: Inputs) -> Tensor:
+    return (x.i[:, None] // 2) - (x.j // 2) <= 1
+
+
+@says("key + 3 * ((-key + query) // 3) == query")
+def strided(x: Inputs) -> Tensor:
+    return (x.i[:, None] - x.j) % 3 == 0
+
+
+@says("sliding window 5, keys to query+2")
+def near(x: Inputs) -> Tensor:
+    return (x.i[:, None] - x.j).abs() <= 2
+
+
+@says("sliding window 5, keys to query+2")
+def near_as_python_says_it(x: Inputs) -> Tensor:
+    return abs(x.i[:, None] - x.j) < 3
+
+
+@says("causal, sliding window 3")
+def window(x: Inputs) -> Tensor:
+    return (x.j <= x.i[:, None]) & (x.j > x.i[:, None] - 3)
+
+
+@says("causal and documents")
+def packed(x: Inputs) -> Tensor:
+    """transformers, from position ids."""
+    steps = torch.diff(x.ids, prepend=x.ids[:, :1] - 1, dim=-1)
+    ids = (steps != 1).cumsum(-1)
+    return ((x.j <= x.i[:, None]) & (ids[:, : len(x.i), None] == ids[:, None, : len(x.j)]))[:, None].expand(
+        -1, 1, -1, -1
+    )
+
+
+@says("causal, positions tensor")
+def packed_positions(x: Inputs) -> Tensor:
+    return (x.wild[:, None, : len(x.j)] <= x.wild[:, : len(x.i), None])[:, None]
+
+
+@says("key padding")
+def flags(x: Inputs) -> Tensor:
+    return x.flags[:, None, None, : len(x.j)]
+
+
+@says("key padding")
+def flags_as_numbers(x: Inputs) -> Tensor:
+    return x.narrow[:, None, None, : len(x.j)] != 0
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("name", NAMED)
+def test_named(name: str, dynamic: bool | None) -> None:
+    sizes = [s for s in SIZES if s.q_len > 1]
+    read = assert_read(NAMED[name].mask, filled, [inputs(s, seed) for seed in (0, 1) for s in sizes], dynamic)
+    assert NAMED[name].says in map(str, read)
+
+
+@pytest.mark.parametrize("applied", APPLIED)
+@pytest.mark.parametrize("name", NAMED)
+def test_applied(name: str, applied: str) -> None:
+    """However a mask is applied, it is the same one."""
+    for sizes in SIZES[:2]:
+        draws = [inputs(sizes)]
+        (read,) = assert_read(NAMED[name].mask, APPLIED[applied], draws)
+        assert str(read) == str(assert_read(NAMED[name].mask, filled, draws)[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Masks by chance
+
+
+def _by_query(x: Tensor, like: Inputs) -> Tensor:
+    return x[:, None, : len(like.i), None]
+
+
+def _by_key(x: Tensor, like: Inputs) -> Tensor:
+    return x[:, None, None, : len(like.j)]
+
+
+INTEGERS: dict[str, Callable[[Inputs], Any]] = {
+    "query": lambda x: x.i[:, None],
+    "key": lambda x: x.j,
+    "query, from the end": lambda x: x.i[:, None] + (len(x.j) - len(x.i)),
+    "query, in 32 bits": lambda x: x.i.int()[:, None],
+    "key, as floats": lambda x: x.j.float(),
+    "batch": lambda x: torch.arange(len(x.length))[:, None, None, None],
+    "zero": lambda x: 0,
+    "two": lambda x: 2,
+    "minus three": lambda x: torch.full((), -3),
+    "lengths": lambda x: x.length[:, None, None, None],
+    "offset": lambda x: x.offset,
+    "places": lambda x: x.places[:, None],
+    "ids of queries": lambda x: _by_query(x.ids, x),
+    "ids of keys": lambda x: _by_key(x.ids, x),
+    "anything of queries": lambda x: _by_query(x.wild, x),
+    "anything of keys": lambda x: _by_key(x.wild, x),
+    "narrow, of queries": lambda x: _by_query(x.narrow, x),
+    "narrow, of keys": lambda x: _by_key(x.narrow, x),
+    "flags, as numbers": lambda x: _by_key(x.flags, x).long(),
+}
+OF_INTEGERS: dict[str, Callable[..., Any]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "neg": lambda a, b: -a,
+    "abs": lambda a, b: abs(a),
+    "// 3": lambda a, b: a // 3,
+    "% 2": lambda a, b: a % 2,
+    "* 2": lambda a, b: a * 2,
+    "max": lambda a, b: torch.maximum(torch.as_tensor(a), torch.as_tensor(b)),
+    "min": lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)),
+    "long": lambda a, b: torch.as_tensor(a).long(),
+    "where": lambda a, b: torch.where(torch.as_tensor(a) > 1, a, b),
+}
+COMPARED = {name: getattr(operator, name) for name in ("le", "lt", "ge", "gt", "eq", "ne")}
+BOOLEANS: dict[str, Callable[..., Any]] = {
+    "and": operator.and_,
+    "or": operator.or_,
+    "xor": operator.xor,
+    "not": lambda a, b: ~a,
+    "where": lambda a, b: torch.where(a, b, ~b),
+    "ne": operator.ne,
+    "tril": lambda a, b: a.tril(1),
+    "as numbers": lambda a, b: (a.long() + b.long()) > 1,
+}
+TENSORS: dict[str, Callable[[Inputs], Tensor]] = {
+    "flags of keys": lambda x: _by_key(x.flags, x),
+    "flags of queries": lambda x: _by_query(x.flags, x),
+    "causal": lambda x: torch.ones(len(x.i), len(x.j), dtype=torch.bool).tril(),
+    "a slice": lambda x: torch.ones(20, 20).triu(-2)[3 : 3 + len(x.i), 4 : 4 + len(x.j)] > 0,
+}
+
+integers = st.recursive(
+    st.sampled_from([*INTEGERS]), lambda of: st.tuples(st.sampled_from([*OF_INTEGERS]), of, of), max_leaves=3
+)
+compared = st.tuples(st.sampled_from([*COMPARED]), integers, integers)
+masks = st.recursive(
+    st.sampled_from([*TENSORS]) | compared, lambda of: st.tuples(st.sampled_from([*BOOLEANS]), of, of), max_leaves=4
+)
+
+
+def built(program: Any, x: Inputs) -> Any:
+    """What a program computes."""
+    if isinstance(program, str):
+        return INTEGERS[program](x) if program in INTEGERS else TENSORS[program](x)
+    name, a, b = program
+    if name in COMPARED:
+        return torch.as_tensor(COMPARED[name](built(a, x), built(b, x)))
+    boolean = (not isinstance(a, str) and a[0] in (*COMPARED, *BOOLEANS)) or a in TENSORS
+    return (BOOLEANS if boolean else OF_INTEGERS)[name](built(a, x), built(b, x))
+
+
+def _whole(program: Any) -> Masking:
+    def mask(x: Inputs) -> Tensor:
+        return built(program, x) & torch.ones(len(x.length), 1, len(x.i), len(x.j), dtype=torch.bool)
+
+    return mask
+
+
+@settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+@given(masks, st.sampled_from(SIZES), st.sampled_from([*APPLIED]), st.sampled_from([None, None, True]))
+def test_any_mask(program: Any, sizes: Sizes, applied: str, dynamic: bool | None) -> None:
+    assert_read(_whole(program), APPLIED[applied], [inputs(sizes, seed) for seed in range(3)], dynamic)
