@@ -88,11 +88,15 @@ def folder(model_type: str) -> str:
 def names() -> list[str]:
     """The model types that stand for an architecture, one or more of a folder of `transformers.models`: all that have
     a model class and are not a part of another one of the same folder."""
-    types = [t for t in configuration_auto.CONFIG_MAPPING_NAMES if class_name(t)]
+    types = all_types()
     parts: set[str] = set()
     for model_type in types:
         parts |= {part for part in _parts(model_type) if folder(part) == folder(model_type)} - {model_type}
     return sorted(t for t in types if t not in parts)
+
+
+def all_types() -> list[str]:
+    return [t for t in configuration_auto.CONFIG_MAPPING_NAMES if class_name(t)]
 
 
 def _parts(model_type: str) -> Iterator[str]:
@@ -295,6 +299,9 @@ def _token_ids(config: Any, given: dict[str, Any]) -> None:
         if getattr(config, name) >= 60 and given.get(name, VOCABULARY) >= 60:
             given[name] = VOCABULARY - 1 - place
 
+
+# Families whose gradients are checked by `--train`.
+TRAINED: tuple[str, ...] = ()
 
 OVERRIDES: dict[str, dict[str, Any]] = {}
 

@@ -223,7 +223,7 @@ def relative(text: str) -> str:
 # One architecture
 
 
-def check(name: str, base: bool = False) -> Row:
+def check(name: str, base: bool = False, train: bool = False) -> Row:
     """Everything that is known of an architecture, as plain values."""
     started = time.perf_counter()
     row: Row = {"name": name}
