@@ -10,6 +10,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import transformers
@@ -145,6 +146,7 @@ def _modalities(cls: Any) -> set[str]:
 # ---------------------------------------------------------------------------------------------------------------
 # Shrinking
 
+_KV_HEADS = re.compile(r"(num_|n_)?(\w+_)?(kv|key_value|k_v|kv_attention|key_value_attention)_?heads|multi_query_group_num")
 # A field whose whole name matches gets the value, the first match wins. A callable is given the old value.
 _RULES: tuple[tuple[str, Any], ...] = (
     (r"chunk_size_feed_forward|num_channels|in_chans|.*_ratio|.*_coefficient|.*_cost", ...),
@@ -153,8 +155,10 @@ _RULES: tuple[tuple[str, Any], ...] = (
     (r"eos_token_id|sep_token_id", 2),
     (r"(mlm_)?mask_token_id", 3),
     (r".*vocab_size\w*|n_token", VOCABULARY),
-    (r"(num_|n_)?(query_|q_)?(kv|key_value|k_v|kv_attention|key_value_attention)_?heads|multi_query_group_num", 2),
+    (r"num_feat_extract_layers|num_hidden_groups", ...),
+    (_KV_HEADS.pattern, 2),
     (r"num_key_value_groups", ...),
+    (r"mamba_(n_heads|num_heads)", 8),
     (r"(\w+_)?(num_)?attention_heads|n_heads?|num_heads|(\w+_)n_heads|num_\w*heads|num_heads_\w+", 4),
     (r"n_layers?|num_layers|num_\w*hidden_layers|(\w+_)?(encoder|decoder)_layers|depth|num_\w*(block|layer)s", 2),
     (r"layers|\w+_layers_?num|(prior|text|vision)_\w*layers", 2),
@@ -170,13 +174,14 @@ _RULES: tuple[tuple[str, Any], ...] = (
     (r"n_group|topk_group|num_expert_groups?", 1),
     (r"first_k_dense_replace|\w*sparse_step|moe_layer_start_index", lambda n: min(n, 1)),
     (r"max_window_layers", 1),
-    (r"(\w+_)?sliding_window(_size)?|attention_window(_size)?|local_window_size|(local_)?window_size", lambda n: 5),
+    (r"(\w+_)?sliding_window(_size)?|local_window_size|(local_)?window_size", lambda n: 5),
+    (r"attention_window(_size)?", 4),
     (r"attention_chunk_size|chunk_size|chunk_length", lambda n: min(n, 8)),
     (r"block_size|local_radius|global_block_size", lambda n: min(n, 4)),
     (r"max_2d_position_embeddings", 64),
     (r"(original_)?max_\w*positions?\w*|n_positions|n_ctx|max_sequence_length|max_seq_len\w*|context_length", 64),
     (r"(num_)?(mel_bins|mel_filters|mels)|n_mels|feature_size", MEL),
-    (r"mamba_(n_heads|num_heads)|linear_num_(key|value)_heads", 4),
+    (r"linear_num_(key|value)_heads", 4),
     (r"(mamba_)?d_state|state_size|ssm_state_size|mamba_d_state", 8),
     (r"linear_(key|value)_head_dim|mamba_d_head|mamba_head_dim", 8),
     (r"num_conv_pos_embeddings", lambda n: min(n, 16)),
@@ -196,12 +201,24 @@ _COMPILED = [(re.compile(pattern), value) for pattern, value in _RULES]
 _STAGES = {"depths", "num_blocks", "encoder_layers", "decoder_layers", "layer_depths", "blocks_per_stage"}
 _IMAGES = re.compile(r"image_size|input_size|video_size|crop_size|img_size|\w*patch_size")
 
-# How much is shrunk: everything; everything but widths; only depth, lengths and vocabulary.
+
+@dataclass(frozen=True)
+class Level:
+    """How much is shrunk: the names of fields that are, and whether heads are grouped."""
+
+    fields: re.Pattern[str]
+    grouped: bool = True
+
+
 LEVELS = (
-    re.compile(r".*"),
-    re.compile(r"(?!.*(dim|width|channels|rank|features|groups|codebook_size|feature_size|embedding_size)).*"),
-    re.compile(r"(\w*layers?|depths?|\w*vocab_size|\w*token_id|sliding_window|\w*experts\w*|hidden_size)"),
-    re.compile(r"(\w*layers?|depths?|sliding_window)"),
+    Level(re.compile(r".*")),
+    Level(re.compile(r".*"), grouped=False),
+    Level(re.compile(r"(?!.*(dim|width|channels|rank|features|groups|codebook_size|feature_size|embedding_size)).*")),
+    Level(
+        re.compile(r"(\w*layers?|depths?|\w*vocab_size|\w*token_id|sliding_window|\w*experts\w*|hidden_size)"),
+        grouped=False,
+    ),
+    Level(re.compile(r"(\w*layers?|depths?|sliding_window)"), grouped=False),
 )
 
 
@@ -211,32 +228,61 @@ def shrunk(config: Any, level: int = 0, overrides: dict[str, Any] | None = None)
     given: dict[str, Any] = {}
     kept = _kept_layers(config)
     for name, value in vars(config).items():
-        if name.startswith("_"):
-            name = name[1:] if name in ("_out_features", "_out_indices") else ""
+        if name.startswith("_") or name in ("out_features", "out_indices", "backbone_out_indices"):
+            name = ""
         inner = {k.partition(".")[2]: v for k, v in overrides.items() if k.startswith(name + ".")}
         if not name or name in ("id2label", "label2id", "stage_names"):
             continue
-        if isinstance(value, PreTrainedConfig):
+        if isinstance(value, PreTrainedConfig) and value.model_type == "timm_backbone":
+            given[name] = _resnet(value)
+        elif isinstance(value, PreTrainedConfig):
             given[name] = shrunk(value, level, inner)
         elif kept and _is_per_layer(name, value, config):
             given[name] = [value[i] for i in kept]
         elif name in ("rope_parameters", "rope_scaling") and isinstance(value, dict):
             given[name] = _rope(value)
-        elif LEVELS[level].fullmatch(name):
+        elif LEVELS[level].fields.fullmatch(name):
             small = _small(name, value)
+            if _KV_HEADS.fullmatch(name) and (not LEVELS[level].grouped or hasattr(config, "kv_lora_rank")):
+                small = 4
             if small is not ...:
                 given[name] = small
     if kept:
         given[_depth_name(config)] = len(kept)
+    given |= _outlets(config, given)
     given |= {k: v for k, v in overrides.items() if "." not in k}
     _token_ids(config, given)
-    known = {k: v for k, v in given.items() if k not in ("out_features", "out_indices") or v is not None}
-    known.pop("out_indices", None)
-    known.pop("out_features", None)
-    return type(config)(**known)
+    return type(config)(**given)
+
+
+def _outlets(config: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """A backbone that hands out as many stages as before; one of equal layers gets as many layers."""
+    features = getattr(config, "_out_features", None)
+    name = _depth_name(config)
+    if not features:
+        wanted = getattr(config, "backbone_out_indices", None)
+        return {name: len(wanted), "backbone_out_indices": [*range(len(wanted))]} if wanted and name else {}
+    if not all(re.fullmatch(r"stage\d+", f) for f in features) or not name or hasattr(config, "depths"):
+        return {"out_features": features}
+    n = max(2, len(features), given.get(name, 0) if isinstance(given.get(name), int) else 0)
+    return {name: n, "out_features": [f"stage{i}" for i in range(n - len(features) + 1, n + 1)]}
+
+
+def _resnet(replaced: Any) -> Any:
+    """In place of a backbone that another library would provide."""
+    n = len(getattr(replaced, "out_indices", None) or getattr(replaced, "_out_indices", None) or [4])
+    return transformers.ResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 16, 24, 32],
+        depths=[1, 1, 1, 1],
+        layer_type="basic",
+        out_features=[f"stage{i}" for i in range(5 - min(n, 4), 5)],
+    )
 
 
 def _small(name: str, value: Any) -> Any:
+    if name == "head_dim" and value is None:
+        return 8
     if isinstance(value, bool) or value is None:
         return ...
     if name in _STAGES and isinstance(value, (list, tuple)):
@@ -303,7 +349,24 @@ def _token_ids(config: Any, given: dict[str, Any]) -> None:
 # Families whose gradients are checked by `--train`.
 TRAINED: tuple[str, ...] = ()
 
-OVERRIDES: dict[str, dict[str, Any]] = {}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "autoformer": {"prediction_length": 6, "context_length": 12, "lags_sequence": [1, 2, 3]},
+    "informer": {"prediction_length": 6, "context_length": 12, "lags_sequence": [1, 2, 3]},
+    "time_series_transformer": {"prediction_length": 6, "context_length": 12, "lags_sequence": [1, 2, 3]},
+    "dots1": {"n_routed_experts": 4},
+    "esm": {"vocab_size": 33, "mask_token_id": 32, "pad_token_id": 1},
+    "chameleon": {"vocabulary_map": {"<image>": 90, "IMGIMGA": 60, "IMGIMGB": 61}},
+    "emu3": {"vocabulary_map": {"<image>": 90, "<|extra_200|>": 70, "<|visual token 000000|>": 60}},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
+    "layoutlmv3": {"coordinate_size": 5, "shape_size": 6, "max_2d_position_embeddings": 64},
+    "bridgetower": {
+        "num_attention_heads": 4,
+        "text_config.num_attention_heads": 4,
+    },
+    "audio-spectrogram-transformer": {"max_length": 26},
+    "efficientnet": {"image_size": 64},
+    "depth_pro": {"patch_size": 16},
+}
 
 
 def tiny(model_type: str, level: int = 0) -> Any:

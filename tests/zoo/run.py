@@ -25,7 +25,8 @@ from attn_rewriter.device import Device
 from attn_rewriter.report import SiteReport
 from tests.accuracy import error, rounding_unit
 from tests.models import NothingNarrowed
-from tests.zoo.models import Inputs, Subject, cast, in_type, subject
+from tests.zoo.configs import model_class
+from tests.zoo.models import Inputs, Subject, cast, in_type, subjects
 from tests.zoo.sites import Counted, count
 
 DEVICES = ("sm_80", "sm_90", "sm_100")
@@ -228,13 +229,19 @@ def check(name: str, base: bool = False, train: bool = False) -> Row:
     started = time.perf_counter()
     row: Row = {"name": name}
     try:
-        made = subject(name, base)
+        made, note = subjects(name, base)
     except Exception as failure:
         return row | {"not_built": said(failure), "seconds": round(time.perf_counter() - started, 1)}
-    row |= {"class": type(made.model).__name__, "inputs": [*made.given]}
-    if made.note:
-        row["note"] = made.note
-    row |= _plain(made)
+    row |= {"class": model_class(name, base).__name__, "inputs": [*dict.fromkeys(k for s in made for k in s.given)]}
+    if note:
+        row["note"] = note
+    row |= merged([_checked(one) for one in made])
+    return row | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+def _checked(made: Subject) -> Row:
+    """One model, or one part of one."""
+    row = _plain(made)
     row["runs"] = {}
     sites: list[Row] = []
     for padding in (False, True)[: 1 + made.takes_padding]:
@@ -249,15 +256,34 @@ def check(name: str, base: bool = False, train: bool = False) -> Row:
         for kind, dtype in _TYPES.items():
             run = f"{kind}, padding" if padding else kind
             row["runs"][run], found = _run(made, given, dtype, exact)
-            sites = found if run == "float32" else sites
             if run == "float32":
-                graphs = row["runs"][run].get("graphs")
-                row["adds_breaks"] = graphs is not None and "graphs" in row and graphs != row["graphs"]
-            elif found and len(found) == len(sites):
+                sites = found
+                row["adds_breaks"] = "graphs" in row and row["runs"][run].get("graphs") != row["graphs"]
+            elif len(found) == len(sites):
                 for site, other in zip(sites, found):
                     site.setdefault("others", {})[run] = other["computes"] or other["why"]
-    row["sites"] = aggregated(sites)
-    return row | {"seconds": round(time.perf_counter() - started, 1)}
+    for site in sites:
+        site["module"] = ".".join(filter(None, (made.path, site["module"])))
+    return row | {"sites": aggregated(sites)}
+
+
+_WORST = ("WRONG", "CRASH", "not compiled", "not run", "unstable", "unspecified", "right")
+
+
+def merged(rows: list[Row]) -> Row:
+    """The rows of several parts as one."""
+    first, *rest = rows
+    for row in rest:
+        for run, result in row["runs"].items():
+            old = first["runs"].setdefault(run, result)
+            first["runs"][run] = min(old, result, key=lambda r: _WORST.index(r["verdict"]))
+        first["sites"] += row["sites"]
+        first["adds_breaks"] |= row.get("adds_breaks", False)
+        first["inductor"] = first.get("inductor", 0) + row.get("inductor", 0)
+        for key in ("truth", "plain_failure"):
+            if key in row:
+                first.setdefault(key, row[key])
+    return first
 
 
 def _plain(made: Subject) -> Row:
