@@ -26,6 +26,7 @@ from tests.zoo import configs, run, table
 
 HERE = Path(__file__).parent
 Row = dict[str, Any]
+Given = tuple[str, bool, bool, bool]  # the arguments of `run.check`
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=HERE, help="where table.json and table.md go, and rows/")
     parser.add_argument("--fresh", action="store_true", help="run again what has a row from an earlier run")
     parser.add_argument("--base", action="store_true", help="the base models, not those with a head")
+    parser.add_argument("--quick", action="store_true", help="only what is read, in float32")
     parser.add_argument("--train", action="store_true", help="gradients as well, for the families in configs.TRAINED")
     options = parser.parse_args(argv)
     unknown = set(options.names) - set(configs.all_types())
@@ -45,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     names = options.names or configs.names()
     rows = Rows(options.out / "rows", base=options.base)
     waiting = [name for name in names if options.fresh or not rows.has(name, options.train)]
+    if waiting:
+        run.warm_up()
     with Progress(
         TextColumn("{task.description:40}"),
         BarColumn(),
@@ -54,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         disable=not sys.stderr.isatty(),
     ) as progress:
         task = progress.add_task("", total=len(waiting))
-        work = [(name, options.base, options.train and name in configs.TRAINED) for name in waiting]
+        work = [(name, options.base, options.train and name in configs.TRAINED, options.quick) for name in waiting]
         for row in in_processes(run.check, work, options.jobs, options.timeout):
             rows.write(row)
             progress.update(task, advance=1, description=row["name"])
@@ -96,7 +100,7 @@ class Rows:
 
 
 def in_processes(
-    check: Callable[..., Row], work: list[tuple[str, bool, bool]], jobs: int, timeout: float
+    check: Callable[..., Row], work: list[Given], jobs: int, timeout: float
 ) -> Iterator[Row]:
     """The rows of all work, each made in a process of its own, which shares what is imported here: a crash or a hang
     costs one row."""
@@ -118,7 +122,7 @@ def in_processes(
             yield _row_of(connection, process, name, timeout if connection in late else None)
 
 
-def _alone(check: Callable[..., Row], given: tuple[str, bool, bool], sending: Any) -> None:
+def _alone(check: Callable[..., Row], given: Given, sending: Any) -> None:
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)

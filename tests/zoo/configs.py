@@ -25,12 +25,12 @@ IMAGE, PATCH, MEL, FRAMES = 16, 4, 16, 26
 
 # The heads to look for, in this order: the first that an architecture has is run.
 _HEADS = (
-    "CAUSAL_LM",
     "SEQ_TO_SEQ_CAUSAL_LM",
+    "SPEECH_SEQ_2_SEQ",
     "IMAGE_TEXT_TO_TEXT",
     "MULTIMODAL_LM",
     "MASKED_LM",
-    "SPEECH_SEQ_2_SEQ",
+    "CAUSAL_LM",
     "CTC",
     "IMAGE_CLASSIFICATION",
     "VIDEO_CLASSIFICATION",
@@ -281,8 +281,8 @@ def _resnet(replaced: Any) -> Any:
 
 
 def _small(name: str, value: Any) -> Any:
-    if name == "head_dim" and value is None:
-        return 8
+    if value is None and name in ("head_dim", "vocab_size"):
+        return 8 if name == "head_dim" else VOCABULARY
     if isinstance(value, bool) or value is None:
         return ...
     if name in _STAGES and isinstance(value, (list, tuple)):
@@ -347,7 +347,15 @@ def _token_ids(config: Any, given: dict[str, Any]) -> None:
 
 
 # Families whose gradients are checked by `--train`.
-TRAINED: tuple[str, ...] = ()
+TRAINED: tuple[str, ...] = tuple(
+    """
+    llama mistral mixtral falcon gpt_neox phi phi3 qwen2 qwen3 gemma gemma2 gemma3_text starcoder2 gptj opt bloom mpt gpt2
+    gpt_bigcode gpt_neo gpt_oss codegen cohere cohere2 olmo2 stablelm glm4 granite deepseek_v3 xglm openai-gpt xlnet bert
+    roberta albert electra distilbert mpnet deberta deberta-v2 funnel modernbert nystromformer bart t5 mt5 pegasus
+    prophetnet whisper wav2vec2 wav2vec2-bert hubert vit deit beit swin swinv2 clip siglip blip dinov2 detr segformer
+    layoutlm layoutlmv3
+    """.split()
+)
 
 OVERRIDES: dict[str, dict[str, Any]] = {
     "autoformer": {"prediction_length": 6, "context_length": 12, "lags_sequence": [1, 2, 3]},
@@ -357,6 +365,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "esm": {"vocab_size": 33, "mask_token_id": 32, "pad_token_id": 1},
     "chameleon": {"vocabulary_map": {"<image>": 90, "IMGIMGA": 60, "IMGIMGB": 61}},
     "emu3": {"vocabulary_map": {"<image>": 90, "<|extra_200|>": 70, "<|visual token 000000|>": 60}},
+    "bamba": {"attn_layer_indices": [1]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
     "layoutlmv3": {"coordinate_size": 5, "shape_size": 6, "max_2d_position_embeddings": 64},
     "bridgetower": {

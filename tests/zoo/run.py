@@ -26,7 +26,7 @@ from attn_rewriter.report import SiteReport
 from tests.accuracy import error, rounding_unit
 from tests.models import NothingNarrowed
 from tests.zoo.configs import model_class
-from tests.zoo.models import Inputs, Subject, cast, in_type, subjects
+from tests.zoo.models import Inputs, Subject, cast, configs_of, in_type, subjects
 from tests.zoo.sites import Counted, count
 
 DEVICES = ("sm_80", "sm_90", "sm_100")
@@ -76,6 +76,12 @@ def through_inductors_patterns(gm: GraphModule, example_inputs: Any) -> Callable
     return gm.forward
 
 
+def warm_up() -> None:
+    """Inductor's patterns are made once in a process and its children."""
+    torch.compile(lambda x: x.softmax(-1), backend=through_inductors_patterns)(torch.randn(2, 3))
+    reset()
+
+
 def reset() -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -108,27 +114,34 @@ def outputs(call: Callable[..., Any], given: Inputs) -> Tensors:
     return {k: x[mask.bool()] if x.shape[:2] == mask.shape else x for k, x in found.items()}
 
 
-def _tensors(value: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(value: Any, name: str, detach: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
     if isinstance(value, torch.Tensor):
         if value.is_floating_point():
-            yield name, value.detach()
+            yield name, value.detach() if detach else value
     elif isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _tensors(inner, f"{name}.{key}".lstrip("."))
+            yield from _tensors(inner, f"{name}.{key}".lstrip("."), detach)
     elif isinstance(value, (list, tuple)):
         for i, inner in enumerate(value):
-            yield from _tensors(inner, f"{name}[{i}]")
+            yield from _tensors(inner, f"{name}[{i}]", detach)
 
 
 def truth(subject: Subject, given: Inputs) -> tuple[Tensors, str]:
     """The outputs in float64, and a remark where that is not possible and they are those of float32."""
     try:
-        model = in_type(subject.model, torch.float64)
         with NothingNarrowed():
-            return outputs(model, cast(given, torch.float64)), ""
+            return outputs(exactly(subject.model), cast(given, torch.float64)), ""
     except Exception as failure:
         exact = {k: x.double() for k, x in outputs(subject.model, given).items()}
         return exact, f"no float64: {said(failure)}"
+
+
+def exactly(model: Any) -> Any:
+    """A copy in float64."""
+    model = in_type(model, torch.float64)
+    if hasattr(model.config, "_experts_implementation"):
+        model.config._experts_implementation = "eager"  # grouped products know no float64
+    return model
 
 
 def compiled(model: Any, backend: Callable[..., Any]) -> Callable[..., Any]:
@@ -224,8 +237,8 @@ def relative(text: str) -> str:
 # One architecture
 
 
-def check(name: str, base: bool = False, train: bool = False) -> Row:
-    """Everything that is known of an architecture, as plain values."""
+def check(name: str, base: bool = False, train: bool = False, quick: bool = False) -> Row:
+    """Everything that is known of an architecture, as plain values; `quick`: only what is read, in float32."""
     started = time.perf_counter()
     row: Row = {"name": name}
     try:
@@ -235,8 +248,87 @@ def check(name: str, base: bool = False, train: bool = False) -> Row:
     row |= {"class": model_class(name, base).__name__, "inputs": [*dict.fromkeys(k for s in made for k in s.given)]}
     if note:
         row["note"] = note
-    row |= merged([_checked(one) for one in made])
+    row |= merged([_looked_at(one) if quick else _checked(one) for one in made])
+    if train:
+        row["training"] = min(map(_trained, made), key=lambda result: _WORST.index(result["verdict"]))
     return row | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+def _trained(made: Subject) -> Row:
+    """A training step without dropout, in float32: the verdict on the gradients of all parameters."""
+    model = without_dropout(made.model).train()
+    given = made.inputs()
+    try:
+        eager = gradients(model, model, given)
+    except Exception as failure:
+        return {"verdict": "not run", "detail": f"eager raises {said(failure)}"}
+    try:
+        double = exactly(model)
+        with NothingNarrowed():
+            exact = gradients(double, double, cast(given, torch.float64))
+    except Exception:
+        exact = {k: x.double() for k, x in eager.items()}
+    backend = rewriter()
+    try:
+        mine = gradients(model, compiled(model, backend), given)
+    except Exception as failure:
+        return {"verdict": "CRASH" if _runs_plain(model, given) else "not compiled", "detail": said(failure)}
+
+    def moved() -> Tensors:
+        other = nudged(model, torch.float32)
+        return gradients(other, other, given)
+
+    fused = {"fused": sum(site.kernel is not None for site in backend.report.sites)}
+    return judge(mine, eager, exact, moved).to_dict() | fused
+
+
+def without_dropout(model: Any) -> Any:
+    """A copy in which nothing is dropped, whoever holds the rate."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("drop" in name or (name == "p" and "Drop" in type(module).__name__)):
+                setattr(module, name, 0.0)
+    for config in configs_of(model.config):
+        for name, value in vars(config).items():
+            if isinstance(value, float) and ("drop" in name or name.endswith("mask_time_prob")):
+                setattr(config, name, 0.0)
+    return model
+
+
+def gradients(model: Any, call: Callable[..., Any], given: Inputs) -> Tensors:
+    """Of every module, the gradients of its own parameters together, for a fixed weighting of all outputs: weight and
+    bias of a linear layer are one matrix, and share a rounding unit."""
+    model.zero_grad()
+    seed()
+    found = [x for _, x in _tensors(call(**given), "", detach=False) if x.requires_grad]
+    torch.stack([(x.double() * _cotangent(x)).sum() for x in found]).sum().backward()
+    result = {}
+    for name, module in model.named_modules():
+        held = [p.grad.flatten() for p in module.parameters(recurse=False) if p.grad is not None and p.ndim]
+        if held:
+            result[name] = torch.cat(held)
+    return result
+
+
+def _cotangent(x: torch.Tensor) -> torch.Tensor:
+    """A random gradient for an output, exact in every type."""
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float32)
+    return noise.bfloat16().double()
+
+
+def _looked_at(made: Subject) -> Row:
+    """One run in float32, and one with padding."""
+    row: Row = {"runs": {}, "sites": []}
+    for padding in (False, True)[: 1 + made.takes_padding]:
+        given = made.inputs(padding)
+        exact, _ = truth(made, given)
+        result, sites = _run(made, given, torch.float32, exact)
+        row["runs"]["float32, padding" if padding else "float32"] = result
+        known = [site["source"] for site in row["sites"] if site["computes"] is None]
+        sites = [s for s in sites if not padding or (s["computes"] is None and s["source"] not in known)]
+        row["sites"] += aggregated(sites)
+    return row
 
 
 def _checked(made: Subject) -> Row:
@@ -278,9 +370,9 @@ def merged(rows: list[Row]) -> Row:
             old = first["runs"].setdefault(run, result)
             first["runs"][run] = min(old, result, key=lambda r: _WORST.index(r["verdict"]))
         first["sites"] += row["sites"]
-        first["adds_breaks"] |= row.get("adds_breaks", False)
+        first["adds_breaks"] = first.get("adds_breaks", False) or row.get("adds_breaks", False)
         first["inductor"] = first.get("inductor", 0) + row.get("inductor", 0)
-        for key in ("truth", "plain_failure"):
+        for key in ("truth", "plain_failure", "graphs"):
             if key in row:
                 first.setdefault(key, row[key])
     return first
