@@ -6,11 +6,14 @@ applied (`LEVELS`), and `OVERRIDES` has the last word.
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
 import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -111,8 +114,10 @@ def _parts(model_type: str) -> Iterator[str]:
 
 
 def parts(model_type: str) -> list[str]:
-    """The architectures inside one, that can be run by themselves."""
-    return [part for part in _parts(model_type) if class_name(part)]
+    """The architectures inside one, that may be run by themselves."""
+    config = transformers.AutoConfig.for_model(model_type)
+    inner = [value.model_type for value in vars(config).values() if isinstance(value, PreTrainedConfig)]
+    return [part for part in dict.fromkeys([*inner, *_parts(model_type)]) if part != model_type and class_name(part)]
 
 
 def model_class(model_type: str, base: bool = False) -> type:
@@ -170,7 +175,7 @@ _RULES: tuple[tuple[str, Any], ...] = (
     (r"(\w+_)?(intermediate|ffn|feed_forward|inner)_(size|dim)|d_ff|ffn_hidden_size|n_inner|(\w+_)?mlp_dim", 48),
     (r"\w*(encoder|decoder)_ffn_dim|ffn_dim\w*|expert_ffn_hidden_size", 48),
     (r"(num|n)_(routed_|local_)?experts|moe_num_experts", 4),
-    (r"num_experts_per_tok|(moe_)?top_?k|moe_topk|num_selected_experts|moe_k", 2),
+    (r"num_experts_per_tok(en)?|(moe_)?top_?k|moe_topk|num_selected_experts|moe_k", 2),
     (r"n_group|topk_group|num_expert_groups?", 1),
     (r"first_k_dense_replace|\w*sparse_step|moe_layer_start_index", lambda n: min(n, 1)),
     (r"max_window_layers", 1),
@@ -180,7 +185,8 @@ _RULES: tuple[tuple[str, Any], ...] = (
     (r"block_size|local_radius|global_block_size", lambda n: min(n, 4)),
     (r"max_2d_position_embeddings", 64),
     (r"(original_)?max_\w*positions?\w*|n_positions|n_ctx|max_sequence_length|max_seq_len\w*|context_length", 64),
-    (r"(num_)?(mel_bins|mel_filters|mels)|n_mels|feature_size", MEL),
+    (r"(num_)?(mel_bins|mel_filters|mels)|n_mels", MEL),
+    (r"feature_size", lambda n: n if n < 32 else 32),
     (r"linear_num_(key|value)_heads", 4),
     (r"(mamba_)?d_state|state_size|ssm_state_size|mamba_d_state", 8),
     (r"linear_(key|value)_head_dim|mamba_d_head|mamba_head_dim", 8),
@@ -240,7 +246,7 @@ def shrunk(config: Any, level: int = 0, overrides: dict[str, Any] | None = None)
         elif kept and _is_per_layer(name, value, config):
             given[name] = [value[i] for i in kept]
         elif name in ("rope_parameters", "rope_scaling") and isinstance(value, dict):
-            given[name] = _rope(value)
+            given[name] = _rope(value, _has_sections(config.model_type))
         elif LEVELS[level].fields.fullmatch(name):
             small = _small(name, value)
             if _KV_HEADS.fullmatch(name) and (not LEVELS[level].grouped or hasattr(config, "kv_lora_rank")):
@@ -323,15 +329,24 @@ def _kept_layers(config: Any) -> list[int]:
     return kept if len(kept) > 1 else [*kept, *range(1, 2)]
 
 
-def _rope(value: dict[str, Any]) -> dict[str, Any]:
-    small = {k: _rope(v) if isinstance(v, dict) else v for k, v in value.items()}
-    if isinstance(small.get("mrope_section"), (list, tuple)):
+def _rope(value: dict[str, Any], sections: bool = False) -> dict[str, Any]:
+    small = {k: _rope(v, sections) if isinstance(v, dict) else v for k, v in value.items()}
+    if isinstance(small.get("mrope_section"), (list, tuple)) or (sections and "rope_theta" in small):
         half = int(8 * (small.get("partial_rotary_factor") or 1)) // 2
-        n = len(small["mrope_section"])
+        n = len(small.get("mrope_section", "thw"))
         small["mrope_section"] = [half - (n - 1) * (half // n), *[half // n] * (n - 1)]
     if "original_max_position_embeddings" in small:
         small["original_max_position_embeddings"] = 32
     return small
+
+
+@functools.cache
+def _has_sections(model_type: str) -> bool:
+    """Whether a model divides its rotary frequencies among time, height and width, in numbers that its code has a
+    default for."""
+    name = folder(model_type)
+    spec = importlib.util.find_spec(f"transformers.models.{name}.modeling_{name}")
+    return spec is not None and 'get("mrope_section"' in Path(spec.origin or "").read_text()
 
 
 def _token_ids(config: Any, given: dict[str, Any]) -> None:
@@ -361,18 +376,25 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "autoformer": {"prediction_length": 6, "context_length": 12, "lags_sequence": [1, 2, 3]},
     "informer": {"prediction_length": 6, "context_length": 12, "lags_sequence": [1, 2, 3]},
     "time_series_transformer": {"prediction_length": 6, "context_length": 12, "lags_sequence": [1, 2, 3]},
-    "dots1": {"n_routed_experts": 4},
+    "dots1": {"n_routed_experts": 4, "moe_intermediate_size": 48, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1},
+    "bailing_hybrid": {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2},
+    "kimi_linear": {"num_expert_group": 1, "topk_group": 1},
     "esm": {"vocab_size": 33, "mask_token_id": 32, "pad_token_id": 1},
     "chameleon": {"vocabulary_map": {"<image>": 90, "IMGIMGA": 60, "IMGIMGB": 61}},
     "emu3": {"vocabulary_map": {"<image>": 90, "<|extra_200|>": 70, "<|visual token 000000|>": 60}},
     "bamba": {"attn_layer_indices": [1]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "glm5_next": {"index_topk": 16, "index_kpool": 4},
+    "fun_asr_nano": {"adaptor_config.intermediate_size": 8},
+    "nemo_speechlm": {"chunk_length": 64},
+    "granite_speech5_ctc": {"context_size": 32},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
     "layoutlmv3": {"coordinate_size": 5, "shape_size": 6, "max_2d_position_embeddings": 64},
-    "bridgetower": {
-        "num_attention_heads": 4,
-        "text_config.num_attention_heads": 4,
-    },
+    "bridgetower": {"hidden_size": 64, "text_config.hidden_size": 64, "vision_config.hidden_size": 64},
+    "dbrx": {"attn_config.rope_theta": 10000.0},
     "audio-spectrogram-transformer": {"max_length": 26},
     "efficientnet": {"image_size": 64},
     "depth_pro": {"patch_size": 16},

@@ -319,11 +319,13 @@ def _cotangent(x: torch.Tensor) -> torch.Tensor:
 
 def _looked_at(made: Subject) -> Row:
     """One run in float32, and one with padding."""
-    row: Row = {"runs": {}, "sites": []}
+    row: Row = {"runs": {}, "sites": [], "adds_breaks": False}
     for padding in (False, True)[: 1 + made.takes_padding]:
         given = made.inputs(padding)
         exact, _ = truth(made, given)
         result, sites = _run(made, given, torch.float32, exact)
+        if result["graphs"][1]:  # else there is none to add
+            row["adds_breaks"] |= result["graphs"] != plainly(made.model, given)
         row["runs"]["float32, padding" if padding else "float32"] = result
         known = [site["source"] for site in row["sites"] if site["computes"] is None]
         sites = [s for s in sites if not padding or (s["computes"] is None and s["source"] not in known)]
@@ -419,10 +421,16 @@ def _is_ours(failure: BaseException) -> bool:
     return "RewriteError" in repr(failure) or isinstance(failure.__cause__, attn_rewriter.RewriteError)
 
 
+def plainly(model: Any, given: Inputs) -> tuple[int, int]:
+    """The numbers of graphs and of graph breaks that Dynamo alone makes."""
+    outputs(compiled(model, "eager"), given)
+    return breaks()
+
+
 def _runs_plain(model: Any, given: Inputs) -> bool:
     """Whether Dynamo alone gets through."""
     try:
-        outputs(compiled(model, "eager"), given)
+        plainly(model, given)
     except Exception:
         return False
     return True
