@@ -33,6 +33,25 @@ def test_result_and_gradients(spelling: Spelling, dtype: torch.dtype) -> None:
     assert_as_accurate(fused, eager, joined(truth(spelling.function, inputs) for inputs in draws))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "spelling",
+    [s for s in SPELLINGS if not s.random and s.computes and "flex" not in s.impossible],
+    ids=lambda s: s.name,
+)
+def test_flex(spelling: Spelling, dtype: torch.dtype) -> None:
+    """FlexAttention as Inductor compiles it."""
+    draws = [[x.cuda().detach().requires_grad_(x.requires_grad) for x in spelling.inputs(dtype, s)] for s in range(4)]
+    try:
+        eager = joined(with_gradients(spelling.function, inputs) for inputs in draws)
+    except RuntimeError as error:
+        pytest.skip(f"eager raises: {error}")
+    function, report = rewritten(spelling.function, kernel="flex", compiler="inductor")
+    fused = joined(with_gradients(function, inputs) for inputs in draws)
+    assert [site.kernel for site in report().sites] == ["flex"]
+    assert_as_accurate(fused, eager, joined(truth(spelling.function, inputs) for inputs in draws))
+
+
 # Realistic sizes, so that cuDNN, flash and memory-efficient attention are taken, each with rows without any key.
 @pytest.mark.parametrize("kv_heads", [8, 2])
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -151,7 +151,9 @@ def _modalities(cls: Any) -> set[str]:
 # ---------------------------------------------------------------------------------------------------------------
 # Shrinking
 
-_KV_HEADS = re.compile(r"(num_|n_)?(\w+_)?(kv|key_value|k_v|kv_attention|key_value_attention)_?heads|multi_query_group_num")
+_KV_HEADS = re.compile(
+    r"(num_|n_)?(\w+_)?(kv|key_value|k_v|kv_attention|key_value_attention)_?heads|multi_query_group_num"
+)
 # A field whose whole name matches gets the value, the first match wins. A callable is given the old value.
 _RULES: tuple[tuple[str, Any], ...] = (
     (r"chunk_size_feed_forward|num_channels|in_chans|.*_ratio|.*_coefficient|.*_cost", ...),
@@ -167,7 +169,10 @@ _RULES: tuple[tuple[str, Any], ...] = (
     (r"(\w+_)?(num_)?attention_heads|n_heads?|num_heads|(\w+_)n_heads|num_\w*heads|num_heads_\w+", 4),
     (r"n_layers?|num_layers|num_\w*hidden_layers|(\w+_)?(encoder|decoder)_layers|depth|num_\w*(block|layer)s", 2),
     (r"layers|\w+_layers_?num|(prior|text|vision)_\w*layers", 2),
-    (r"qk_(rope|nope)_head_dim|v_head_dim|(\w+_)?head_dim|d_kv|attention_head_(size|dim)|(key|value)_dim|kv_channels", 8),
+    (
+        r"qk_(rope|nope)_head_dim|v_head_dim|(\w+_)?head_dim|d_kv|attention_head_(size|dim)|(key|value)_dim|kv_channels",
+        8,
+    ),
     (r"qk_head_dim", 16),
     (r"(q|kv|o|k|v)_lora_rank|rotary_dim", 4),
     (r"index_head_dim", 16),
@@ -199,7 +204,10 @@ _RULES: tuple[tuple[str, Any], ...] = (
     (r"image_size|input_size|video_size|crop_size|img_size", lambda n: IMAGE),
     (r"\w*patch_size|tubelet_size_\w+", lambda n: min(n, PATCH)),
     (r"hidden_size|d_model|n_embd|dim|d_embed|n_embed|hidden_dim|d_hidden|embed_dim|model_dim", 32),
-    (r"\w*(hidden|embedding|embeddings?|projection|embed|proj|output|input|feature|model)_?(size|dim|dims|channels)", 32),
+    (
+        r"\w*(hidden|embedding|embeddings?|projection|embed|proj|output|input|feature|model)_?(size|dim|dims|channels)",
+        32,
+    ),
     (r"\w+_(dim|width|rank|channels)|width|lru_width|word_embed_proj_dim|output_dim|projection_dim", 32),
 )
 _COMPILED = [(re.compile(pattern), value) for pattern, value in _RULES]
