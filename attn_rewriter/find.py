@@ -39,7 +39,7 @@ class Site:
 def find(facts: Facts) -> Iterator[Site]:
     """The sites of one graph, in the order of the model. A softmax without a product on both sides, such as a
     router's or a loss function's, is no site."""
-    matcher = Matcher(facts, MaskReader(facts, next(reversed(facts.graph.nodes))).constant)
+    matcher = Matcher(facts, MaskReader(facts, [*facts.graph.nodes][-1]).constant)
     for node in facts.graph.nodes:
         call = facts.call(node)
         if call is None:
