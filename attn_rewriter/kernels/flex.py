@@ -91,7 +91,13 @@ class Flex(Kernel):
             blocks = _Blocks(keep, mask_names)(*(number(n, tensors) for n in sizes), query.device, masks)
         names = tuple(dict.fromkeys(name for m in modifiers for name in _names(m)))
         attend = _Attend(
-            keep, mask_names, tuple(modifiers), names, scale, shapes.needs_backward or spec.sinks is not None
+            keep,
+            mask_names,
+            tuple(modifiers),
+            names,
+            scale,
+            shapes.needs_backward or spec.sinks is not None,
+            _tuned(spec, shapes, device),
         )
         small = device.type == "cuda" and min(shapes.head_dim, shapes.head_dim_v) < _MIN_HEAD_DIM
         if small:
@@ -106,6 +112,11 @@ class Flex(Kernel):
             share = torch.sigmoid(logsumexp * math.log(2) - sinks)  # of the keys in the weight
             output = (output * share.unsqueeze(-1)).to(shapes.dtype)
         return output
+
+
+def _tuned(spec: AttentionSpec, shapes: Shapes, device: Device) -> tuple[tuple[str, Any], ...]:
+    """Options of the Triton kernels where PyTorch's own choice (`FlexKernelOptions`) is a bad one."""
+    return ()
 
 
 def _names(modifier: Modifier) -> list[str]:
@@ -179,6 +190,7 @@ class _Attend(_Node):
     names: tuple[str, ...]
     scale: float
     logsumexp: bool
+    tuned: tuple[tuple[str, Any], ...] = ()
     __name__ = "flex_attention"
 
     def run(
@@ -210,6 +222,7 @@ class _Attend(_Node):
             "WRITE_DQ": True,
             "OUTPUT_LOGSUMEXP": self.logsumexp,
             "OUTPUT_MAX": False,
+            **dict(self.tuned),
         }
         output, logsumexp, _ = operator(
             query, key, value, self.score_mod, block_mask.as_tuple(), self.scale, options, buffers, masks
