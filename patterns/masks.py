@@ -19,6 +19,7 @@ import sympy
 import torch
 from torch.fx import Node
 
+from attn_rewriter.buffers import buffer_of
 from attn_rewriter.errors import Refused
 from attn_rewriter.graph import Call, Facts, shape, size, tensor
 from attn_rewriter.patterns.axes import Atom, Dim, Dims, extent, leaves
@@ -202,7 +203,7 @@ class MaskReader:
         if node.op == "placeholder":
             given = facts.argument(node)
             if given is None or facts.outer is None or facts.caller is None:
-                raise Unreadable("an input of the graph")
+                return _buffer(facts, node, at)
             return self.read(facts.outer, given, at, facts.caller)
         call = facts.call(node)
         rule = _RULES.get(call.name) if call is not None else None
@@ -297,6 +298,21 @@ def _kept(value: Value, dtype: torch.dtype) -> Predicate | None:
             return EVERY_KEY
         return NO_KEY if is_masking(value.offset, dtype) else None
     return None
+
+
+def _buffer(facts: Facts, node: Node, at: tuple[Index, ...]) -> Value:
+    """The contents of a registered buffer, which the models of GPT-2's time have for their masks."""
+    buffer = buffer_of(node)
+    held = buffer.read() if buffer is not None and facts.unchanged(node) else None
+    if held is None:
+        raise Unreadable("an input of the graph")
+    row, column = (Index(), Index(), *at)[-2:]
+    inside: Predicate = EVERY_KEY
+    if held.lower is not None:
+        inside &= compare(column + -row, Index(held.lower), "ge")
+    if held.upper is not None:
+        inside &= compare(column + -row, Index(held.upper), "le")
+    return _as_dtype(_where(inside, Index(held.inside), Index(held.outside)), _dtype(node))
 
 
 # ---------------------------------------------------------------------------------------------------------------
