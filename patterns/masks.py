@@ -465,22 +465,30 @@ def indexed(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[
             raise Unreadable("index tensors beside slices")
         return reader.read(facts, base, tuple(_position(reader, facts, node, item, at) for item in tensors), node)
     into: list[Index] = []
-    left = iter(at)
+    left = iter(zip(at, shape(node)))
     for item in index:
         n = sizes[len(into)] if item is not None else 0
         if item is None:
             next(left)
         elif isinstance(item, slice):
-            start, step = size(item.start), size(item.step)
-            start, step = 0 if start is None else start, 1 if step is None else step
-            if not (_integral(start) and isinstance(step, int)) or step < 1:
-                raise Unreadable("a slice")
-            into.append(next(left) * step + Index(_from_front(start, n)))
+            position, kept = next(left)
+            into.append(_sliced(item, n, position, kept))
         elif _integral(size(item)) and not isinstance(item, bool):
             into.append(Index(_from_front(size(item), n)))
         else:
             raise Unreadable("an index")
     return reader.read(facts, base, tuple(into), node)
+
+
+def _sliced(item: slice, n: Size, position: Index, kept: Size) -> Index:
+    """Where an element of a slice was, of which `kept` elements of `n` are left."""
+    start, stop, step = size(item.start), size(item.stop), size(item.step)
+    start, step = 0 if start is None else start, 1 if step is None else step
+    if not (_integral(start) and isinstance(step, int)) or step < 1:
+        raise Unreadable("a slice")
+    # A slice that starts before the front or is cut off at the end has another length than it says.
+    whole = step == 1 and _integral(stop) and at_most(0, stop) and same(stop - start, kept)
+    return position * step + Index(start if whole else _from_front(start, n))
 
 
 def _from_front(position: Size, n: Size) -> Size:

@@ -340,7 +340,7 @@ OF_INTEGERS: dict[str, Callable[..., Any]] = {
     "max": lambda a, b: torch.maximum(torch.as_tensor(a), torch.as_tensor(b)),
     "min": lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)),
     "long": lambda a, b: torch.as_tensor(a).long(),
-    "where": lambda a, b: torch.where(torch.as_tensor(a) > 1, a, b),
+    "select": lambda a, b: torch.where(torch.as_tensor(a) > 1, a, b),
 }
 COMPARED = {name: getattr(operator, name) for name in ("le", "lt", "ge", "gt", "eq", "ne")}
 BOOLEANS: dict[str, Callable[..., Any]] = {
