@@ -223,9 +223,24 @@ class MaskReader:
         """An argument of an elementwise operation, broadcast to the coordinates of its result."""
         if not isinstance(value, Node) or tensor(value) is None:
             return self.read(facts, value, (), node)
-        sizes = shape(value)
-        own = at[len(at) - len(sizes) :] if sizes else ()
-        return self.read(facts, value, tuple(Index() if n == 1 else c for n, c in zip(sizes, own)), node)
+        return self.read(facts, value, _own(value, at), node)
+
+    def integers(self, facts: Facts, node: Node, value: Any, at: tuple[Index, ...]) -> Value:
+        """The same, for a choice between integers the integers that it gives, if they can be read as they are."""
+        read = self.argument(facts, node, value, at)
+        if not isinstance(read, Where) or _dtype(value) not in _INTEGERS:
+            return read
+        current, own = facts.current(value, node), _own(value, at)
+        dims = _whole(own, shape(current))
+        if dims is None or (facts is self.facts and not facts.unchanged(current, self.until)):
+            return read
+        return self._opaque(current, dims)
+
+
+def _own(node: Node, at: tuple[Index, ...]) -> tuple[Index, ...]:
+    """The coordinates of a tensor that is broadcast to those of a result."""
+    sizes = shape(node)
+    return tuple(Index() if n == 1 else c for n, c in zip(sizes, at[len(at) - len(sizes) :] if sizes else ()))
 
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -545,7 +560,10 @@ def comparison(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tup
     operands = [call["input"], call["other"]]
     sides = (tensor(x) if tensor(x) is not None else x if isinstance(x, (bool, int, float)) else 0 for x in operands)
     dtype = torch.result_type(*sides)  # type: ignore[arg-type]
-    left, right = (_as_dtype(reader.argument(facts, node, x, at), dtype) for x in operands)
+    values = [reader.argument(facts, node, x, at) for x in operands]
+    if all(isinstance(value, Where) for value in values):  # four cases, where there may be one comparison
+        values = [reader.integers(facts, node, x, at) for x in operands]
+    left, right = (_as_dtype(value, dtype) for value in values)
     return predicate(apply(lambda a, b: _truth(compare(a, b, call.name)), left, right))
 
 

@@ -216,6 +216,23 @@ def blocks(x: Inputs) -> Tensor:
     return (x.j <= x.i[:, None]) | ((of_query == of_key) & (of_query >= 0))
 
 
+@says("causal or documents and mask tensor [batch, query]")
+def images(x: Inputs) -> Tensor:
+    """PaliGemma's and its image."""
+    groups = torch.where(x.narrow == 0, 0, -1)
+    b = torch.arange(len(groups))[:, None, None, None]
+    of_query, of_key = groups[b, x.i[:, None]], groups[b, x.j]
+    return (x.j <= x.i[:, None]) | ((of_query == of_key) & (of_query >= 0))
+
+
+@says("documents and sliding window 4, positions tensor and causal, positions tensor")
+def packed_window(x: Inputs) -> Tensor:
+    """Mistral's, packed."""
+    b = torch.arange(len(x.wild))[:, None, None, None]
+    of_query, of_key = x.wild[b, x.i[:, None]], x.wild[b, x.j]
+    return (x.ids[b, x.i[:, None]] == x.ids[b, x.j]) & (of_key > of_query - 4) & (of_key <= of_query)
+
+
 @says("chunks of 4")
 def chunks(x: Inputs) -> Tensor:
     return x.i[:, None] // 4 == torch.div(x.j, 4, rounding_mode="floor")
@@ -350,7 +367,7 @@ BOOLEANS: dict[str, Callable[..., Any]] = {
     "not": lambda a, b: ~a,
     "where": lambda a, b: torch.where(a, b, ~b),
     "ne": operator.ne,
-    "tril": lambda a, b: a.tril(1),
+    "tril": lambda a, b: (a | b.new_zeros(2, 1, 1)[:1]).tril(1),
     "as numbers": lambda a, b: (a.long() + b.long()) > 1,
 }
 TENSORS: dict[str, Callable[[Inputs], Tensor]] = {
