@@ -125,7 +125,12 @@ class Buffers:
     def _keep_original(self) -> None:
         """The graph, before the first site is rewritten by a buffer's contents."""
         if self.original is None:
-            self.original = copy.deepcopy(self.gm)
+            held = [
+                x
+                for module in self.gm.modules()
+                for x in (*vars(module).values(), *module.buffers(), *module.parameters())
+            ]
+            self.original = copy.deepcopy(self.gm, {id(x): x for x in held if isinstance(x, torch.Tensor)})
 
     def __enter__(self) -> Buffers:
         for i, buffer in self._buffers.items():

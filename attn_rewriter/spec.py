@@ -339,10 +339,12 @@ class Compare(Predicate):
 
 @dataclass(frozen=True)
 class TensorMask(Predicate):
-    """A boolean tensor that nothing more is known about than the axes it varies over."""
+    """A boolean tensor that nothing more is known about than the axes it varies over; or an additive one, zero where
+    the predicate is true."""
 
     tensor: Hashable
     axes: tuple[str, ...]
+    additive: bool = False
 
     def tensors(self) -> Iterator[Hashable]:
         yield self.tensor

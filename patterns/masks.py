@@ -136,7 +136,7 @@ class MaskReader:
         The mask itself takes the place of each of them and of its negation: what is built of these by `and` and `or`
         alone grows with them, so that `mask = f(a, ~b)` is also `f(mask, mask)`.
         """
-        whole = TensorMask((node, dims), axes(dims))
+        whole = TensorMask((node, dims), axes(dims), additive=_dtype(node) != torch.bool)
 
         def rewritten(part: Predicate, negated: bool) -> Predicate:
             if isinstance(part, Not):

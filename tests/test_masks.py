@@ -19,6 +19,7 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import attn_rewriter
 from attn_rewriter import Device
@@ -315,6 +316,83 @@ def test_applied(name: str, applied: str) -> None:
         draws = [inputs(sizes)]
         (read,) = assert_read(NAMED[name].mask, APPLIED[applied], draws)
         assert str(read) == str(assert_read(NAMED[name].mask, filled, draws)[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is known of a tensor, and when
+
+
+def _documents(ids: Tensor, scores: Tensor) -> Tensor:
+    return ids[:, None, : scores.shape[2], None] == ids[:, None, None, : scores.shape[3]]
+
+
+def _written_later(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    ids, scores = ids.cumsum(-1), q @ k.mT
+    weights = scores.masked_fill(~_documents(ids, scores), LOW).softmax(-1)
+    ids.zero_()
+    return weights @ v
+
+
+def _written_before(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    ids = ids * 0
+    ids[:, 2:] += 1
+    scores = q @ k.mT
+    return scores.masked_fill(~_documents(ids, scores), LOW).softmax(-1) @ v
+
+
+def _written_between(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    ids, scores = ids.cumsum(-1), q @ k.mT
+    of_queries = ids[:, None, : scores.shape[2], None] * 1
+    ids.add_(1)
+    keep = of_queries == ids[:, None, None, : scores.shape[3]]
+    return scores.masked_fill(~keep, LOW).softmax(-1) @ v
+
+
+def _read_in_a_body(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    def body(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+        scores = q @ k.mT
+        keep = _documents(ids, scores) & (torch.arange(k.shape[2]) <= torch.arange(q.shape[2])[:, None])
+        return scores.masked_fill(~keep, LOW).softmax(-1) @ v
+
+    return checkpoint(body, q, k, v, ids + 1, use_reentrant=False)
+
+
+def _made_outside_of_a_body(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    def body(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        return (q @ k.mT).masked_fill(~keep, LOW).softmax(-1) @ v
+
+    keep = _documents(ids, q @ k.mT) & (torch.arange(k.shape[2]) <= torch.arange(q.shape[2])[:, None])
+    return checkpoint(body, q, k, v, keep, use_reentrant=False)
+
+
+def _added_outside_of_a_body(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    def body(q: Tensor, k: Tensor, v: Tensor, added: Tensor) -> Tensor:
+        return (q @ k.mT + added).softmax(-1) @ v
+
+    keep = _documents(ids, q @ k.mT) | (torch.arange(k.shape[2]) <= torch.arange(q.shape[2])[:, None])
+    return checkpoint(body, q, k, v, torch.where(keep, 0.0, LOW), use_reentrant=False)
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(
+    ("function", "says"),
+    [
+        (_written_later, "mask tensor [batch, query, key]"),
+        (_written_before, "documents"),
+        (_written_between, "documents"),  # of two tensors
+        (_read_in_a_body, "causal and documents"),
+        (_made_outside_of_a_body, "causal and mask tensor [batch, query, key]"),
+        (_added_outside_of_a_body, "causal or mask tensor [batch, query, key]"),
+    ],
+)
+def test_time_and_place(function: Callable[..., Tensor], says: str, dynamic: bool | None) -> None:
+    compiled, report = rewritten(function, dynamic, kernel="held")
+    for sizes in SIZES[:2]:
+        q, k, v, *_, ids, _, _, _ = inputs(sizes)
+        kept = function(q, k, v, ids.clone()) > 0  # the scores are zero: each key of a query has the same weight
+        with torch.no_grad():
+            assert torch.equal(compiled(q, k, v, ids.clone()) > 0, kept)
+    assert str(report().sites[0].spec) == says
 
 
 # ---------------------------------------------------------------------------------------------------------------
