@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from attn_rewriter.buffers import Buffers
 from attn_rewriter.device import Device
 from attn_rewriter.options import Options
 from attn_rewriter.pipeline import Settings, rewrite
@@ -36,6 +37,12 @@ class Backend:
         return Report.joined(self._reports)
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+        with Buffers(gm, example_inputs) as buffers:
+            compiled = self._rewritten(gm, example_inputs, **kwargs)
+        # Traced once more, so that Dynamo's own guards watch over whatever its compilation takes for granted.
+        return buffers.guarded(compiled, lambda original: torch.compile(original, backend=self._rewritten))
+
+    def _rewritten(self, gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
         self._reports.append(rewrite(gm, self.settings))
         return self._compile(gm, example_inputs, **kwargs)
 

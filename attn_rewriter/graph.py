@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch.fx import Graph, GraphModule, Node
+from torch.utils._sympy.functions import Max, Min
 
 from attn_rewriter.errors import refuse
 from attn_rewriter.spec import Size
@@ -218,9 +219,16 @@ def size(value: Any) -> Size:
     if isinstance(value, Node):
         value = value.meta.get("example_value")
     if isinstance(value, torch.SymInt):
-        expression = value.node.expr
+        expression = _settled(value.node.expr, value.node.shape_env)
         return int(expression) if expression.is_Integer else expression
     return value
+
+
+def _settled(expression: Any, env: Any) -> Any:
+    """An expression without the `Max` and `Min` that the ranges of its symbols decide: no size is below 2."""
+    choices = expression.atoms(Max, Min)
+    ranges = {choice: env.bound_sympy(choice) for choice in choices}
+    return expression.xreplace({choice: known.lower for choice, known in ranges.items() if known.is_singleton()})
 
 
 def shape(node: Node) -> tuple[Size, ...]:

@@ -192,14 +192,15 @@ def _times(term: Any, coefficient: int) -> str:
     return {1: word, -1: f"-{word}"}.get(coefficient, f"{coefficient} * {word}")
 
 
-def _without_names(index: Index) -> Index:
-    return index.substitute(lambda term: replace(term, tensor="") if isinstance(term, Values) else term)
+def _with_axis(index: Index, old: str = "", new: str = "") -> Index:
+    """The same at another coordinate, tensors being told apart by their axes alone."""
 
+    def moved(term: Any) -> Any:
+        if isinstance(term, Values):
+            return Values("", tuple(new if axis == old else axis for axis in term.axes))
+        return new if term == old else term
 
-def _query_for_key(term: Any) -> Any:
-    if isinstance(term, Values):
-        return replace(term, axes=tuple("query" if axis == "key" else axis for axis in term.axes))
-    return "query" if term == "key" else term
+    return index.substitute(moved)
 
 
 def always(bounds: tuple[Size, Size] | None, relation: str) -> Predicate | None:
@@ -334,7 +335,8 @@ class Compare(Predicate):
     def _in_words(self) -> str | None:
         """What a mask of this form is called."""
         left, right = self.left, self.right
-        across = _without_names(left.substitute(_query_for_key)) == _without_names(right)
+        across = "key" in _axes(left) and _with_axis(left, "key", "query") == _with_axis(right)
+        behind = "query" in _axes(left) and _with_axis(left, "query", "key") == _with_axis(right) + Index(left.offset)
         match self.relation, left.terms, right.terms:
             case "le", (("key", 1),), () if not left.offset:
                 return f"prefix {right.offset + 1}"
@@ -350,6 +352,8 @@ class Compare(Predicate):
                 return None if "query" in values.axes else "causal, offset tensor"
             case "le", ((Values(), 1),), ((Values(), 1),) if across:
                 return "causal, positions tensor"
+            case "lt", ((Values(), 1),), ((Values(), 1),) if behind and at_most(left.offset, -1):
+                return f"sliding window {-left.offset}, positions tensor"
             case "eq", ((Values(), 1),), ((Values(), 1),) if across:
                 return "documents"
             case "eq", ((Quotient(of, divisor), 1),), _ if across:
@@ -359,10 +363,12 @@ class Compare(Predicate):
 
 @dataclass(frozen=True)
 class TensorMask(Predicate):
-    """A boolean tensor that nothing more is known about than the axes it varies over."""
+    """A boolean tensor that nothing more is known about than the axes it varies over; or an additive one, zero where
+    the predicate is true."""
 
     tensor: Hashable
     axes: tuple[str, ...]
+    additive: bool = False
 
     def rename(self, names: dict[Hashable, str]) -> Predicate:
         return replace(self, tensor=names[self.tensor])

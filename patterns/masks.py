@@ -19,6 +19,7 @@ import sympy
 import torch
 from torch.fx import Node
 
+from attn_rewriter.buffers import buffer_of
 from attn_rewriter.errors import Refused
 from attn_rewriter.graph import Call, Facts, shape, size, tensor
 from attn_rewriter.patterns.axes import Atom, Dim, Dims, extent, leaves
@@ -135,7 +136,7 @@ class MaskReader:
         The mask itself takes the place of each of them and of its negation: what is built of these by `and` and `or`
         alone grows with them, so that `mask = f(a, ~b)` is also `f(mask, mask)`.
         """
-        whole = TensorMask((node, dims), axes(dims))
+        whole = TensorMask((node, dims), axes(dims), additive=_dtype(node) != torch.bool)
 
         def rewritten(part: Predicate, negated: bool) -> Predicate:
             if isinstance(part, Not):
@@ -202,7 +203,7 @@ class MaskReader:
         if node.op == "placeholder":
             given = facts.argument(node)
             if given is None or facts.outer is None or facts.caller is None:
-                raise Unreadable("an input of the graph")
+                return _buffer(facts, node, at)
             return self.read(facts.outer, given, at, facts.caller)
         call = facts.call(node)
         rule = _RULES.get(call.name) if call is not None else None
@@ -222,9 +223,24 @@ class MaskReader:
         """An argument of an elementwise operation, broadcast to the coordinates of its result."""
         if not isinstance(value, Node) or tensor(value) is None:
             return self.read(facts, value, (), node)
-        sizes = shape(value)
-        own = at[len(at) - len(sizes) :] if sizes else ()
-        return self.read(facts, value, tuple(Index() if n == 1 else c for n, c in zip(sizes, own)), node)
+        return self.read(facts, value, _own(value, at), node)
+
+    def integers(self, facts: Facts, node: Node, value: Any, at: tuple[Index, ...]) -> Value:
+        """The same, for a choice between integers the integers that it gives, if they can be read as they are."""
+        read = self.argument(facts, node, value, at)
+        if not isinstance(read, Where) or _dtype(value) not in _INTEGERS:
+            return read
+        current, own = facts.current(value, node), _own(value, at)
+        dims = _whole(own, shape(current))
+        if dims is None or (facts is self.facts and not facts.unchanged(current, self.until)):
+            return read
+        return self._opaque(current, dims)
+
+
+def _own(node: Node, at: tuple[Index, ...]) -> tuple[Index, ...]:
+    """The coordinates of a tensor that is broadcast to those of a result."""
+    sizes = shape(node)
+    return tuple(Index() if n == 1 else c for n, c in zip(sizes, at[len(at) - len(sizes) :] if sizes else ()))
 
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -297,6 +313,21 @@ def _kept(value: Value, dtype: torch.dtype) -> Predicate | None:
             return EVERY_KEY
         return NO_KEY if is_masking(value.offset, dtype) else None
     return None
+
+
+def _buffer(facts: Facts, node: Node, at: tuple[Index, ...]) -> Value:
+    """The contents of a registered buffer, which the models of GPT-2's time have for their masks."""
+    buffer = buffer_of(node)
+    held = buffer.read() if buffer is not None and facts.unchanged(node) else None
+    if held is None:
+        raise Unreadable("an input of the graph")
+    row, column = (Index(), Index(), *at)[-2:]
+    inside: Predicate = EVERY_KEY
+    if held.lower is not None:
+        inside &= compare(column + -row, Index(held.lower), "ge")
+    if held.upper is not None:
+        inside &= compare(column + -row, Index(held.upper), "le")
+    return _as_dtype(_where(inside, Index(held.inside), Index(held.outside)), _dtype(node))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -449,22 +480,30 @@ def indexed(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[
             raise Unreadable("index tensors beside slices")
         return reader.read(facts, base, tuple(_position(reader, facts, node, item, at) for item in tensors), node)
     into: list[Index] = []
-    left = iter(at)
+    left = iter(zip(at, shape(node)))
     for item in index:
         n = sizes[len(into)] if item is not None else 0
         if item is None:
             next(left)
         elif isinstance(item, slice):
-            start, step = size(item.start), size(item.step)
-            start, step = 0 if start is None else start, 1 if step is None else step
-            if not (_integral(start) and isinstance(step, int)) or step < 1:
-                raise Unreadable("a slice")
-            into.append(next(left) * step + Index(_from_front(start, n)))
+            position, kept = next(left)
+            into.append(_sliced(item, n, position, kept))
         elif _integral(size(item)) and not isinstance(item, bool):
             into.append(Index(_from_front(size(item), n)))
         else:
             raise Unreadable("an index")
     return reader.read(facts, base, tuple(into), node)
+
+
+def _sliced(item: slice, n: Size, position: Index, kept: Size) -> Index:
+    """Where an element of a slice was, of which `kept` elements of `n` are left."""
+    start, stop, step = size(item.start), size(item.stop), size(item.step)
+    start, step = 0 if start is None else start, 1 if step is None else step
+    if not (_integral(start) and isinstance(step, int)) or step < 1:
+        raise Unreadable("a slice")
+    # A slice that starts before the front or is cut off at the end has another length than it says.
+    whole = step == 1 and _integral(stop) and at_most(0, stop) and same(stop - start, kept)
+    return position * step + Index(start if whole else _from_front(start, n))
 
 
 def _from_front(position: Size, n: Size) -> Size:
@@ -521,7 +560,10 @@ def comparison(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tup
     operands = [call["input"], call["other"]]
     sides = (tensor(x) if tensor(x) is not None else x if isinstance(x, (bool, int, float)) else 0 for x in operands)
     dtype = torch.result_type(*sides)  # type: ignore[arg-type]
-    left, right = (_as_dtype(reader.argument(facts, node, x, at), dtype) for x in operands)
+    values = [reader.argument(facts, node, x, at) for x in operands]
+    if all(isinstance(value, Where) for value in values):  # four cases, where there may be one comparison
+        values = [reader.integers(facts, node, x, at) for x in operands]
+    left, right = (_as_dtype(value, dtype) for value in values)
     return predicate(apply(lambda a, b: _truth(compare(a, b, call.name)), left, right))
 
 

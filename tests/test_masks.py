@@ -14,15 +14,20 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+import attn_rewriter
 from attn_rewriter import Device
 from attn_rewriter.kernels import KERNELS, Kernel, Tensors
-from attn_rewriter.kernels.masking import coordinates, holds
+from attn_rewriter.kernels.masking import coordinates, holds, keep
+from attn_rewriter.kernels.reference import Reference
 from attn_rewriter.spec import AttentionSpec, Mask, Shapes, conjunction
 from tests.running import rewritten
+from tests.spellings import SCALE, SPELLINGS, Spelling
 
 EXAMPLES = int(os.environ.get("ATTN_REWRITER_EXAMPLES", 50))
 LOW = float("-inf")
@@ -36,8 +41,8 @@ class Held(Kernel):
     def attend(self, spec: AttentionSpec, shapes: Shapes, device: Device, tensors: Tensors) -> Tensor:
         query, key, value = (tensors[name] for name in ("query", "key", "value"))
         sizes = [query.size(0), query.size(1), query.size(2), key.size(2)]
-        keep = conjunction(m.keep for m in spec.modifiers if isinstance(m, Mask))
-        kept = holds(keep, tensors, *coordinates(*sizes))
+        read = conjunction(m.keep for m in spec.modifiers if isinstance(m, Mask))
+        kept = holds(read, tensors, *coordinates(*sizes))
         return kept.to(value.dtype).expand(*sizes) @ value
 
 
@@ -209,6 +214,23 @@ def blocks(x: Inputs) -> Tensor:
     return (x.j <= x.i[:, None]) | ((of_query == of_key) & (of_query >= 0))
 
 
+@says("causal or documents and mask tensor [batch, query]")
+def images(x: Inputs) -> Tensor:
+    """PaliGemma's and its image."""
+    groups = torch.where(x.narrow == 0, 0, -1)
+    b = torch.arange(len(groups))[:, None, None, None]
+    of_query, of_key = groups[b, x.i[:, None]], groups[b, x.j]
+    return (x.j <= x.i[:, None]) | ((of_query == of_key) & (of_query >= 0))
+
+
+@says("documents and sliding window 4, positions tensor and causal, positions tensor")
+def packed_window(x: Inputs) -> Tensor:
+    """Mistral's, packed."""
+    b = torch.arange(len(x.wild))[:, None, None, None]
+    of_query, of_key = x.wild[b, x.i[:, None]], x.wild[b, x.j]
+    return (x.ids[b, x.i[:, None]] == x.ids[b, x.j]) & (of_key > of_query - 4) & (of_key <= of_query)
+
+
 @says("chunks of 4")
 def chunks(x: Inputs) -> Tensor:
     return x.i[:, None] // 4 == torch.div(x.j, 4, rounding_mode="floor")
@@ -290,6 +312,83 @@ def test_applied(name: str, applied: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# What is known of a tensor, and when
+
+
+def _documents(ids: Tensor, scores: Tensor) -> Tensor:
+    return ids[:, None, : scores.shape[2], None] == ids[:, None, None, : scores.shape[3]]
+
+
+def _written_later(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    ids, scores = ids.cumsum(-1), q @ k.mT
+    weights = scores.masked_fill(~_documents(ids, scores), LOW).softmax(-1)
+    ids.zero_()
+    return weights @ v
+
+
+def _written_before(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    ids = ids * 0
+    ids[:, 2:] += 1
+    scores = q @ k.mT
+    return scores.masked_fill(~_documents(ids, scores), LOW).softmax(-1) @ v
+
+
+def _written_between(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    ids, scores = ids.cumsum(-1), q @ k.mT
+    of_queries = ids[:, None, : scores.shape[2], None] * 1
+    ids.add_(1)
+    keep = of_queries == ids[:, None, None, : scores.shape[3]]
+    return scores.masked_fill(~keep, LOW).softmax(-1) @ v
+
+
+def _read_in_a_body(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    def body(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+        scores = q @ k.mT
+        keep = _documents(ids, scores) & (torch.arange(k.shape[2]) <= torch.arange(q.shape[2])[:, None])
+        return scores.masked_fill(~keep, LOW).softmax(-1) @ v
+
+    return checkpoint(body, q, k, v, ids + 1, use_reentrant=False)
+
+
+def _made_outside_of_a_body(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    def body(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        return (q @ k.mT).masked_fill(~keep, LOW).softmax(-1) @ v
+
+    keep = _documents(ids, q @ k.mT) & (torch.arange(k.shape[2]) <= torch.arange(q.shape[2])[:, None])
+    return checkpoint(body, q, k, v, keep, use_reentrant=False)
+
+
+def _added_outside_of_a_body(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    def body(q: Tensor, k: Tensor, v: Tensor, added: Tensor) -> Tensor:
+        return (q @ k.mT + added).softmax(-1) @ v
+
+    keep = _documents(ids, q @ k.mT) | (torch.arange(k.shape[2]) <= torch.arange(q.shape[2])[:, None])
+    return checkpoint(body, q, k, v, torch.where(keep, 0.0, LOW), use_reentrant=False)
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(
+    ("function", "says"),
+    [
+        (_written_later, "mask tensor [batch, query, key]"),
+        (_written_before, "documents"),
+        (_written_between, "documents"),  # of two tensors
+        (_read_in_a_body, "causal and documents"),
+        (_made_outside_of_a_body, "causal and mask tensor [batch, query, key]"),
+        (_added_outside_of_a_body, "causal or mask tensor [batch, query, key]"),
+    ],
+)
+def test_time_and_place(function: Callable[..., Tensor], says: str, dynamic: bool | None) -> None:
+    compiled, report = rewritten(function, dynamic, kernel="held")
+    for sizes in SIZES[:2]:
+        q, k, v, *_, ids, _, _, _ = inputs(sizes)
+        kept = function(q, k, v, ids.clone()) > 0  # the scores are zero: each key of a query has the same weight
+        with torch.no_grad():
+            assert torch.equal(compiled(q, k, v, ids.clone()) > 0, kept)
+    assert str(report().sites[0].spec) == says
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Masks by chance
 
 
@@ -333,7 +432,7 @@ OF_INTEGERS: dict[str, Callable[..., Any]] = {
     "max": lambda a, b: torch.maximum(torch.as_tensor(a), torch.as_tensor(b)),
     "min": lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)),
     "long": lambda a, b: torch.as_tensor(a).long(),
-    "where": lambda a, b: torch.where(torch.as_tensor(a) > 1, a, b),
+    "select": lambda a, b: torch.where(torch.as_tensor(a) > 1, a, b),
 }
 COMPARED = {name: getattr(operator, name) for name in ("le", "lt", "ge", "gt", "eq", "ne")}
 BOOLEANS: dict[str, Callable[..., Any]] = {
@@ -343,7 +442,7 @@ BOOLEANS: dict[str, Callable[..., Any]] = {
     "not": lambda a, b: ~a,
     "where": lambda a, b: torch.where(a, b, ~b),
     "ne": operator.ne,
-    "tril": lambda a, b: a.tril(1),
+    "tril": lambda a, b: (a | b.new_zeros(2, 1, 1)[:1]).tril(1),
     "as numbers": lambda a, b: (a.long() + b.long()) > 1,
 }
 TENSORS: dict[str, Callable[[Inputs], Tensor]] = {
@@ -389,3 +488,138 @@ def _whole(program: Any) -> Masking:
 @given(masks, st.sampled_from(SIZES), st.sampled_from([*APPLIED]), st.sampled_from([None, None, True]))
 def test_any_mask(program: Any, sizes: Sizes, applied: str, dynamic: bool | None) -> None:
     assert_read(_whole(program), APPLIED[applied], [inputs(sizes, seed) for seed in range(3)], dynamic)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Masks of everything else in these tests
+
+
+class Checked(Reference):
+    """The reference, all NaN where a mask that was read is not the tensor that the model built."""
+
+    name = "checked"
+
+    def __call__(self, spec: AttentionSpec, shapes: Shapes, device: Device, tensors: Tensors) -> Tensor:
+        output = super().__call__(spec, shapes, device, tensors)
+        query, key = tensors["query"], tensors["key"]
+        at = coordinates(query.size(0), query.size(1), query.size(2), key.size(2))
+        for modifier in spec.modifiers:
+            if isinstance(modifier, Mask):
+                agree = (holds(modifier.keep, tensors, *at) == keep(modifier, tensors)).all()
+                output = torch.where(agree, output, torch.nan)
+        return output
+
+
+@pytest.mark.parametrize("spelling", [s for s in SPELLINGS if s.refused is None and not s.random], ids=lambda s: s.name)
+def test_spellings(spelling: Spelling, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(KERNELS, "checked", Checked())
+    function, report = rewritten(spelling.function, kernel="checked")
+    given = spelling.inputs()
+    assert bool(torch.as_tensor(function(*given)).isfinite().all())
+    assert {site.kernel for site in report().sites} == {"checked"}
+
+
+_SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+_TEXT = {**_SIZES, "vocab_size": 99, "intermediate_size": 48, "max_position_embeddings": 64, "head_dim": 8}
+_TEXT |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+_CHUNKED = {"intermediate_size_mlp": 48, "num_local_experts": 2, "attention_chunk_size": 4, "no_rope_layers": [1, 0]}
+_IMAGE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 12,
+    "patch_size": 4,
+}
+_LOCAL = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+
+
+def _ids() -> Tensor:
+    return torch.randint(3, 99, (2, 13), generator=torch.Generator().manual_seed(0))
+
+
+def _packed() -> dict[str, Any]:
+    positions = torch.cat([torch.arange(5), torch.arange(8)])[None].expand(2, -1)
+    return {"position_ids": positions, "use_cache": False}
+
+
+def _padded() -> dict[str, Any]:
+    return {"attention_mask": (torch.arange(13) >= torch.tensor([[4], [0]])).long()}
+
+
+def _with_image() -> dict[str, Any]:
+    return {"token_type_ids": ((torch.arange(13) > 2) & (torch.arange(13) < 7)).long().expand(2, -1)}
+
+
+# A model, what it is given, and what its first layers compute.
+TRANSFORMERS: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, Any]], list[str]]] = {
+    "packed": ("LlamaForCausalLM", _TEXT, _packed, ["documents and causal, positions tensor"] * 2),
+    "packed, sliding window": (
+        "MistralForCausalLM",
+        {**_TEXT, "sliding_window": 5},
+        _packed,
+        ["documents and sliding window 5, positions tensor and causal, positions tensor"] * 2,
+    ),
+    "chunked": ("Llama4ForCausalLM", {**_TEXT, **_CHUNKED}, dict, ["causal and chunks of 4", "causal"]),
+    "chunked, padded": (
+        "Llama4ForCausalLM",
+        {**_TEXT, **_CHUNKED},
+        _padded,
+        ["causal and chunks of 4, offset tensor and key padding", "causal and key padding"],
+    ),
+    "images": (
+        "Gemma3ForConditionalGeneration",
+        {"text_config": {**_TEXT, **_LOCAL}, "vision_config": _IMAGE, "mm_tokens_per_image": 4},
+        _with_image,
+        ["mask tensor [batch, query, key]", "causal or documents and mask tensor [batch, query]"],  # the first by vmap
+    ),
+    "image": (
+        "PaliGemmaForConditionalGeneration",
+        {
+            "text_config": {**_TEXT, "model_type": "gemma"},
+            "vision_config": {**_IMAGE, "model_type": "siglip_vision_model", "projection_dim": 32},
+            "projection_dim": 32,
+        },
+        _with_image,
+        ["causal or documents and mask tensor [batch, query]"] * 2,
+    ),
+}
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_transformers(name: str, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(KERNELS, "checked", Checked())
+    kind, config, more, says = TRANSFORMERS[name]
+    cls = getattr(transformers, kind)
+    torch.manual_seed(0)
+    model = cls._from_config(cls.config_class(**config), attn_implementation=attention).eval()
+    torch._dynamo.reset()
+    report, given = _run(model, {"input_ids": _ids(), **more()})
+    assert given.isfinite().all()
+    for words, site in zip(says, report.sites):
+        assert str(site.spec).endswith(f", {words}")
+
+
+def _run(model: Any, given: dict[str, Any]) -> tuple[Any, Tensor]:
+    with torch.no_grad():
+        attn_rewriter.optimize(model, compiler="eager", strict=True, kernel="checked")
+        logits = model(**given).logits
+    return attn_rewriter.report_of(model), logits
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_static_cache(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The offset is a tensor, which the cache counts up in place."""
+    monkeypatch.setitem(KERNELS, "checked", Checked())
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**_TEXT)
+    model = transformers.LlamaForCausalLM._from_config(config, attn_implementation=attention).eval()
+    torch._dynamo.reset()
+    attn_rewriter.optimize(model, compiler="eager", strict=True, kernel="checked")
+    cache = transformers.StaticCache(config=config, max_cache_len=32)
+    with torch.no_grad():
+        for length in (13, 3, 1):
+            assert model(input_ids=_ids()[:, :length], past_key_values=cache).logits.isfinite().all()
+    said = {str(site.spec) for site in attn_rewriter.report_of(model).sites}
+    assert f"{SCALE}, causal, positions tensor" in said

@@ -89,8 +89,9 @@ def holds(
                 return reduce(and_, map(evaluated, terms))
             case Not(term):
                 return ~evaluated(term)
-            case TensorMask():
-                return _gathered(part, tensors, at)
+            case TensorMask(additive=additive):
+                held = _gathered(part, tensors, at)
+                return held == 0 if additive else held
             case Band(lower, upper):
                 distance = k - q
                 sides = [] if lower is None else [distance >= number(lower, tensors)]

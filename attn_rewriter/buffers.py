@@ -1,0 +1,174 @@
+"""Registered buffers that are read by value, and what makes that sound.
+
+Models of the GPT-2 era register their causal mask as a buffer. What it holds is known when a graph is compiled, but
+not that it stays so. So every call of a graph that was rewritten by a buffer's contents checks that it still has the
+very tensor that was read, at the version it had then; another tensor, or another version, is read again and must say
+the same. Where it does not, the graph as it was before is compiled and called instead.
+
+A version counts every write that PyTorch sees. It does not see what is written through `buffer.data`, or through
+memory that a tensor shares with something else (NumPy, another process): after such a write, call
+`torch.compiler.reset()`, as for anything else that `torch.compile` takes to be constant.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.utils.weak import WeakIdKeyDictionary
+
+_KEY = "attn_rewriter_buffer"
+_RETRIES = 8
+"""How many times a buffer may turn out to say something else before it is not looked at any more: to look at a tensor
+means to wait for its device."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """`inside` where `lower <= column - row <= upper` (None leaves a side open), `outside` elsewhere."""
+
+    inside: Any
+    outside: Any = None
+    lower: int | None = None
+    upper: int | None = None
+
+
+def contents(tensor: torch.Tensor) -> Contents | None:
+    """What a tensor holds, if it is one number or a banded matrix."""
+    if type(tensor) is not torch.Tensor or tensor.layout != torch.strided or tensor.is_meta or tensor.numel() == 0:
+        return None
+    *leading, rows, columns = (1, 1, *tensor.shape)
+    if tensor.is_complex() or tensor.is_quantized or any(n != 1 for n in leading):
+        return None
+    with torch.no_grad():
+        matrix = tensor.reshape(rows, columns)
+        if not torch.equal(matrix[1:, 1:], matrix[:-1, :-1]):
+            return None
+        diagonals = torch.cat([matrix[:, 0].flip(0), matrix[0, 1:]])  # from the lower left to the upper right
+        starts = (diagonals[1:] != diagonals[:-1]).nonzero().flatten()[:3].tolist()
+        values = [diagonals[0].item(), *(diagonals[i + 1].item() for i in starts)]
+    if any(value != value for value in values):
+        return None
+    ends = [i - (rows - 1) for i in starts]
+    if not ends:
+        return Contents(values[0])
+    if len(ends) == 1:
+        return Contents(values[0], values[1], None, ends[0])
+    if len(ends) == 2 and values[0] == values[2]:
+        return Contents(values[1], values[0], ends[0] + 1, ends[1])
+    return None
+
+
+class Buffer:
+    """One buffer among the inputs of a graph. `read` says what it holds, and from then on `holds` must be asked."""
+
+    def __init__(self, tensor: torch.Tensor, before_reading: Callable[[], None]) -> None:
+        self._tensor: torch.Tensor | None = tensor
+        self._before_reading = before_reading
+        self._contents: Contents | None = None
+        self._seen: Any = WeakIdKeyDictionary()
+        self._retries = _RETRIES
+        self.is_read = False
+
+    def read(self) -> Contents | None:
+        if self._tensor is not None:
+            mark = _mark(self._tensor)
+            self._contents = contents(self._tensor) if mark is not None else None
+            self._seen[self._tensor] = mark
+            self._tensor = None
+        if self._contents is not None and not self.is_read:
+            self._before_reading()
+            self.is_read = True
+        return self._contents
+
+    def holds(self, tensor: Any) -> bool:
+        """Whether a tensor holds what was read."""
+        mark = _mark(tensor)
+        if mark is None:
+            return False
+        if self._seen.get(tensor) == mark:
+            return True
+        if not self._retries or contents(tensor) != self._contents:
+            self._retries = max(0, self._retries - 1)
+            return False
+        self._seen[tensor] = mark
+        return True
+
+
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+
+def _mark(tensor: Any) -> tuple[Any, ...] | None:
+    """What changes when a tensor's contents do; None for tensors that do not say."""
+    if type(tensor) is not torch.Tensor or tensor.is_inference() or _is_wrapped(tensor):
+        return None
+    return tensor._version, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+class Buffers:
+    """The buffers among the inputs of a graph, which `buffer_of` finds while the graph is rewritten."""
+
+    def __init__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> None:
+        self.gm = gm
+        self.original: GraphModule | None = None
+        self._inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        self._buffers = {
+            i: Buffer(given, self._keep_original)
+            for i, (node, given) in enumerate(zip(self._inputs, example_inputs))
+            if _is_buffer(node) and type(given) is torch.Tensor
+        }
+
+    def _keep_original(self) -> None:
+        """The graph, before the first site is rewritten by a buffer's contents."""
+        if self.original is None:
+            held = [
+                x
+                for module in self.gm.modules()
+                for x in (*vars(module).values(), *module.buffers(), *module.parameters())
+            ]
+            self.original = copy.deepcopy(self.gm, {id(x): x for x in held if isinstance(x, torch.Tensor)})
+
+    def __enter__(self) -> Buffers:
+        for i, buffer in self._buffers.items():
+            self._inputs[i].meta[_KEY] = buffer
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for i in self._buffers:
+            self._inputs[i].meta.pop(_KEY, None)
+        self._inputs.clear()
+
+    def guarded(
+        self, compiled: Callable[..., Any], compile_original: Callable[[GraphModule], Callable[..., Any]]
+    ) -> Callable[..., Any]:
+        """A call of `compiled` where all buffers hold what was read, and of the original graph where they do not."""
+        original = self.original
+        if original is None:
+            return compiled
+        trusted = [(i, buffer) for i, buffer in self._buffers.items() if buffer.is_read]
+        general: list[Callable[..., Any]] = []
+
+        def call(*args: Any) -> Any:
+            if all(buffer.holds(args[i]) for i, buffer in trusted):
+                return compiled(*args)
+            if not general:
+                general.append(compile_original(original))
+            return general[0](*args)
+
+        return call
+
+
+def buffer_of(node: Node) -> Buffer | None:
+    """The buffer that a graph's input stands for, if it may be read."""
+    return node.meta.get(_KEY)
+
+
+def _is_buffer(node: Node) -> bool:
+    """Whether Dynamo found a graph's input among the buffers of a module."""
+    base = getattr(getattr(node, "_dynamo_source", None), "base", None)
+    name = getattr(base, "name", "")
+    return str(name() if callable(name) else name).endswith("._buffers")
