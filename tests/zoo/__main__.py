@@ -99,9 +99,7 @@ class Rows:
 # Processes
 
 
-def in_processes(
-    check: Callable[..., Row], work: list[Given], jobs: int, timeout: float
-) -> Iterator[Row]:
+def in_processes(check: Callable[..., Row], work: list[Given], jobs: int, timeout: float) -> Iterator[Row]:
     """The rows of all work, each made in a process of its own, which shares what is imported here: a crash or a hang
     costs one row."""
     context = multiprocessing.get_context("fork")

@@ -151,7 +151,9 @@ def _modalities(cls: Any) -> set[str]:
 # ---------------------------------------------------------------------------------------------------------------
 # Shrinking
 
-_KV_HEADS = re.compile(r"(num_|n_)?(\w+_)?(kv|key_value|k_v|kv_attention|key_value_attention)_?heads|multi_query_group_num")
+_KV_HEADS = re.compile(
+    r"(num_|n_)?(\w+_)?(kv|key_value|k_v|kv_attention|key_value_attention)_?heads|multi_query_group_num"
+)
 # A field whose whole name matches gets the value, the first match wins. A callable is given the old value.
 _RULES: tuple[tuple[str, Any], ...] = (
     (r"chunk_size_feed_forward|num_channels|in_chans|.*_ratio|.*_coefficient|.*_cost", ...),
@@ -167,7 +169,10 @@ _RULES: tuple[tuple[str, Any], ...] = (
     (r"(\w+_)?(num_)?attention_heads|n_heads?|num_heads|(\w+_)n_heads|num_\w*heads|num_heads_\w+", 4),
     (r"n_layers?|num_layers|num_\w*hidden_layers|(\w+_)?(encoder|decoder)_layers|depth|num_\w*(block|layer)s", 2),
     (r"layers|\w+_layers_?num|(prior|text|vision)_\w*layers", 2),
-    (r"qk_(rope|nope)_head_dim|v_head_dim|(\w+_)?head_dim|d_kv|attention_head_(size|dim)|(key|value)_dim|kv_channels", 8),
+    (
+        r"qk_(rope|nope)_head_dim|v_head_dim|(\w+_)?head_dim|d_kv|attention_head_(size|dim)|(key|value)_dim|kv_channels",
+        8,
+    ),
     (r"qk_head_dim", 16),
     (r"(q|kv|o|k|v)_lora_rank|rotary_dim", 4),
     (r"index_head_dim", 16),
@@ -199,10 +204,14 @@ _RULES: tuple[tuple[str, Any], ...] = (
     (r"image_size|input_size|video_size|crop_size|img_size", lambda n: IMAGE),
     (r"\w*patch_size|tubelet_size_\w+", lambda n: min(n, PATCH)),
     (r"hidden_size|d_model|n_embd|dim|d_embed|n_embed|hidden_dim|d_hidden|embed_dim|model_dim", 32),
-    (r"\w*(hidden|embedding|embeddings?|projection|embed|proj|output|input|feature|model)_?(size|dim|dims|channels)", 32),
+    (
+        r"\w*(hidden|embedding|embeddings?|projection|embed|proj|output|input|feature|model)_?(size|dim|dims|channels)",
+        32,
+    ),
     (r"\w+_(dim|width|rank|channels)|width|lru_width|word_embed_proj_dim|output_dim|projection_dim", 32),
 )
 _COMPILED = [(re.compile(pattern), value) for pattern, value in _RULES]
+_WIDTH = re.compile(r"hidden_size|embed_dim")
 # Fields in whose order the layers of a model are told apart.
 _STAGES = {"depths", "num_blocks", "encoder_layers", "decoder_layers", "layer_depths", "blocks_per_stage"}
 _IMAGES = re.compile(r"image_size|input_size|video_size|crop_size|img_size|\w*patch_size")
@@ -248,10 +257,13 @@ def shrunk(config: Any, level: int = 0, overrides: dict[str, Any] | None = None)
         elif name in ("rope_parameters", "rope_scaling") and isinstance(value, dict):
             given[name] = _rope(value, _has_sections(config.model_type))
         elif LEVELS[level].fields.fullmatch(name):
-            small = _small(name, value)
+            small = _width_of_stages(config) if _WIDTH.fullmatch(name) else None
+            small = _small(name, value) if small is None else small
+            if name == "image_size" and _has_stages(config) and small is not ...:
+                small = 64 if isinstance(small, int) else [64] * len(small)
             if _KV_HEADS.fullmatch(name) and (not LEVELS[level].grouped or hasattr(config, "kv_lora_rank")):
                 small = 4
-            if small is not ...:
+            if small is not ... and small != value:
                 given[name] = small
     if kept:
         given[_depth_name(config)] = len(kept)
@@ -305,6 +317,24 @@ def _small(name: str, value: Any) -> Any:
                 return ...
             return small(value) if callable(small) else min(small, value) if name != "sliding_window" else small
     return ...
+
+
+def _has_stages(config: Any) -> bool:
+    names = ("depths", "blocks_per_stage", "hidden_sizes", "num_heads")
+    return any(isinstance(vars(config).get(name), (list, tuple)) for name in names)
+
+
+def _width_of_stages(config: Any) -> Any:
+    """Where a model's stages have widths or heads of their own, the width of the first; None elsewhere."""
+    held = vars(config)
+    heads = [
+        held.get(name) for name in ("num_heads", "num_attention_heads") if isinstance(held.get(name), (list, tuple))
+    ]
+    if any(isinstance(held.get(name), (list, tuple)) for name in ("embed_dim_per_stage", "embed_dims", "hidden_sizes")):
+        return ...
+    if heads and isinstance(heads[0][0], int):
+        return 8 * heads[0][0] if "embed_dim" in held else ...
+    return None
 
 
 def _depth_name(config: Any) -> str:
@@ -372,10 +402,11 @@ TRAINED: tuple[str, ...] = tuple(
     """.split()
 )
 
+_SERIES = {"prediction_length": 6, "context_length": 12, "lags_sequence": [1, 2, 3], "num_time_features": 1}
 OVERRIDES: dict[str, dict[str, Any]] = {
-    "autoformer": {"prediction_length": 6, "context_length": 12, "lags_sequence": [1, 2, 3]},
-    "informer": {"prediction_length": 6, "context_length": 12, "lags_sequence": [1, 2, 3]},
-    "time_series_transformer": {"prediction_length": 6, "context_length": 12, "lags_sequence": [1, 2, 3]},
+    "autoformer": _SERIES,
+    "informer": _SERIES,
+    "time_series_transformer": _SERIES,
     "dots1": {"n_routed_experts": 4, "moe_intermediate_size": 48, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1},
     "bailing_hybrid": {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2},
@@ -390,6 +421,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "glm5_next": {"index_topk": 16, "index_kpool": 4},
     "fun_asr_nano": {"adaptor_config.intermediate_size": 8},
     "nemo_speechlm": {"chunk_length": 64},
+    "qwen2_5_vl": {"vision_config.window_size": 16},
+    "recurrent_gemma": {"num_hidden_layers": 3},
     "granite_speech5_ctc": {"context_size": 32},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
     "layoutlmv3": {"coordinate_size": 5, "shape_size": 6, "max_2d_position_embeddings": 64},

@@ -298,17 +298,18 @@ _OPTIONAL: dict[str, Callable[[Making], Any]] = {
     "aspect_ratio_ids": lambda m: torch.ones(BATCH, 1, dtype=torch.long),
     "aspect_ratio_mask": lambda m: torch.ones(BATCH, 1, find(m.config, "max_num_tiles", default=4), dtype=torch.long),
     "cross_attention_mask": lambda m: torch.ones(BATCH, LENGTH, 1, find(m.config, "max_num_tiles", default=4)).long(),
-    "image_embeds_position_mask": lambda m: (torch.arange(LENGTH) < find(m.config, "latent_query_num", default=5))
-    .long()
-    .repeat(BATCH, 1),
+    "image_embeds_position_mask": lambda m: (
+        (torch.arange(LENGTH) < find(m.config, "latent_query_num", default=5)).long().repeat(BATCH, 1)
+    ),
     "spatial_shapes": lambda m: torch.tensor([[4, 4]] * BATCH),
     "pixel_attention_mask": lambda m: torch.ones(BATCH, 16, dtype=torch.long),
-    "past_time_features": lambda m: m.past(1 + find(m.config, "num_time_features", default=0)),
+    "past_time_features": lambda m: m.past(find(m.config, "num_time_features", default=1)),
     "past_observed_mask": lambda m: torch.ones_like(m.past()),
     "future_values": lambda m: m.floats(BATCH, find(m.config, "prediction_length", default=6)),
     "future_time_features": lambda m: m.floats(BATCH, find(m.config, "prediction_length", default=6), 1),
-    "encoder_hidden_states": lambda m: m.floats(BATCH, 9, _width(m, "encoder_hidden_size", "cross_attention_hidden_size",
-                                                                  "hidden_size", "d_model")),
+    "encoder_hidden_states": lambda m: m.floats(
+        BATCH, 9, _width(m, "encoder_hidden_size", "cross_attention_hidden_size", "hidden_size", "d_model")
+    ),
     "inputs_embeds": lambda m: m.floats(BATCH, LENGTH, _width(m, "hidden_size", "d_model", "dim")),
     "query_embeds": lambda m: m.floats(BATCH, 5, _width(m, "hidden_size")),
     "hidden_states": lambda m: m.floats(BATCH, 16, _width(m, "hidden_size", "d_model", "embed_dim")),
@@ -320,10 +321,13 @@ _OPTIONAL: dict[str, Callable[[Making], Any]] = {
     "timesteps": lambda m: torch.arange(LENGTH).repeat(BATCH, 1),
     "prompt_pixel_values": Making.pixels,
     "prompt_masks": Making.pixels,
-    "flattened_patches": lambda m: torch.cat([
-        torch.arange(1, 13)[None, :, None].repeat(BATCH, 1, 2) % 4 + 1.0,
-        m.floats(BATCH, 12, _width(m, "patch_embed_hidden_size")),
-    ], dim=-1),
+    "flattened_patches": lambda m: torch.cat(
+        [
+            torch.arange(1, 13)[None, :, None].repeat(BATCH, 1, 2) % 4 + 1.0,
+            m.floats(BATCH, 12, _width(m, "patch_embed_hidden_size")),
+        ],
+        dim=-1,
+    ),
     "tokens": Making.tokens,
     "xpath_tags_seq": lambda m: m.whole(BATCH, LENGTH, find(m.config, "max_depth", default=50), high=20),
     "xpath_subs_seq": lambda m: m.whole(BATCH, LENGTH, find(m.config, "max_depth", default=50), high=20),

@@ -164,7 +164,7 @@ def rewriter() -> Backend:
 
 @dataclass(frozen=True)
 class Verdict:
-    """"right"; "WRONG"; "unstable", where eager itself is moved as much by a change in its weights' last bit;
+    """ "right"; "WRONG"; "unstable", where eager itself is moved as much by a change in its weights' last bit;
     "unspecified", where eager itself has no finite answer; "CRASH"."""
 
     name: str
@@ -199,8 +199,11 @@ def judge(mine: Tensors, eager: Tensors, exact: Tensors, moved: Callable[[], Ten
     words = "; ".join(f"{n} is off by {a:.2g}, eager by {b:.2g}" for n, (a, b) in [*off.items()][:3])
     other = moved()
     if all(a <= 3 * max(b, error(other[n], exact[n])) for n, (a, b) in off.items() if n in other):
-        return Verdict("unstable", f"{words}; eager with its weights moved by one rounding unit by "
-                                   + ", ".join(f"{error(other[n], exact[n]):.2g}" for n in [*off][:3]))
+        return Verdict(
+            "unstable",
+            f"{words}; eager with its weights moved by one rounding unit by "
+            + ", ".join(f"{error(other[n], exact[n]):.2g}" for n in [*off][:3]),
+        )
     return Verdict("WRONG", words)
 
 

@@ -71,8 +71,13 @@ def markdown(rows: list[Row], versions: dict[str, str]) -> str:
         "Written by `python -m tests.zoo` with " + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".",
         summary(rows),
         "## Architectures",
-        "\n".join(["| architecture | sites | read | sm_90 | Inductor | results | forms |", "|---|--:|--:|--:|--:|---|---|",
-                   *map(_line, rows)]),
+        "\n".join(
+            [
+                "| architecture | sites | read | sm_90 | Inductor | results | forms |",
+                "|---|--:|--:|--:|--:|---|---|",
+                *map(_line, rows),
+            ]
+        ),
         "## What is not read",
         unread(rows),
     ]
