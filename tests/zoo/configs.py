@@ -261,6 +261,8 @@ def shrunk(config: Any, level: int = 0, overrides: dict[str, Any] | None = None)
             small = _small(name, value) if small is None else small
             if name == "image_size" and _has_stages(config) and small is not ...:
                 small = 64 if isinstance(small, int) else [64] * len(small)
+            if name == "window_size" and _has_stages(config) and small is not ...:
+                small = 2  # the last stage of a small image has no more
             if _KV_HEADS.fullmatch(name) and (not LEVELS[level].grouped or hasattr(config, "kv_lora_rank")):
                 small = 4
             if small is not ... and small != value:
@@ -392,14 +394,72 @@ def _token_ids(config: Any, given: dict[str, Any]) -> None:
 
 
 # Families whose gradients are checked by `--train`.
-TRAINED: tuple[str, ...] = tuple(
-    """
-    llama mistral mixtral falcon gpt_neox phi phi3 qwen2 qwen3 gemma gemma2 gemma3_text starcoder2 gptj opt bloom mpt gpt2
-    gpt_bigcode gpt_neo gpt_oss codegen cohere cohere2 olmo2 stablelm glm4 granite deepseek_v3 xglm openai-gpt xlnet bert
-    roberta albert electra distilbert mpnet deberta deberta-v2 funnel modernbert nystromformer bart t5 mt5 pegasus
-    prophetnet whisper wav2vec2 wav2vec2-bert hubert vit deit beit swin swinv2 clip siglip blip dinov2 detr segformer
-    layoutlm layoutlmv3
-    """.split()
+TRAINED: tuple[str, ...] = (
+    "llama",
+    "mistral",
+    "mixtral",
+    "falcon",
+    "gpt_neox",
+    "phi",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "starcoder2",
+    "gptj",
+    "opt",
+    "bloom",
+    "mpt",
+    "gpt2",
+    "gpt_bigcode",
+    "gpt_neo",
+    "gpt_oss",
+    "codegen",
+    "cohere",
+    "cohere2",
+    "olmo2",
+    "stablelm",
+    "glm4",
+    "granite",
+    "deepseek_v3",
+    "xglm",
+    "openai-gpt",
+    "xlnet",
+    "bert",
+    "roberta",
+    "albert",
+    "electra",
+    "distilbert",
+    "mpnet",
+    "deberta",
+    "deberta-v2",
+    "funnel",
+    "modernbert",
+    "nystromformer",
+    "bart",
+    "t5",
+    "mt5",
+    "pegasus",
+    "prophetnet",
+    "whisper",
+    "wav2vec2",
+    "wav2vec2-bert",
+    "hubert",
+    "vit",
+    "deit",
+    "beit",
+    "swin",
+    "swinv2",
+    "clip",
+    "siglip",
+    "blip",
+    "dinov2",
+    "detr",
+    "segformer",
+    "layoutlm",
+    "layoutlmv3",
 )
 
 _SERIES = {"prediction_length": 6, "context_length": 12, "lags_sequence": [1, 2, 3], "num_time_features": 1}
@@ -421,6 +481,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "glm5_next": {"index_topk": 16, "index_kpool": 4},
     "fun_asr_nano": {"adaptor_config.intermediate_size": 8},
     "nemo_speechlm": {"chunk_length": 64},
+    "vits": {"speaking_rate": 1000.0},
     "qwen2_5_vl": {"vision_config.window_size": 16},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "granite_speech5_ctc": {"context_size": 32},

@@ -71,8 +71,11 @@ def through_inductors_patterns(gm: GraphModule, example_inputs: Any) -> Callable
     def enough(*args: Any, **kwargs: Any) -> Any:
         raise Enough
 
-    with contextlib.suppress(Enough), torch._inductor.config.patch(force_disable_caches=True):
-        torch._inductor.compile_fx.compile_fx(copy.deepcopy(gm), example_inputs, inner_compile=enough)
+    try:
+        with contextlib.suppress(Enough), torch._inductor.config.patch(force_disable_caches=True):
+            torch._inductor.compile_fx.compile_fx(copy.deepcopy(gm), example_inputs, inner_compile=enough)
+    except Exception:
+        torch._dynamo.utils.counters["zoo"]["inductor_failed"] += 1
     return gm.forward
 
 
@@ -396,6 +399,7 @@ def _plain(made: Subject) -> Row:
     return {
         "graphs": breaks(),
         "inductor": torch._dynamo.utils.counters["inductor"]["fuse_attention"],
+        **dict(torch._dynamo.utils.counters["zoo"]),
         **remark,
     }
 
