@@ -211,6 +211,7 @@ _RULES: tuple[tuple[str, Any], ...] = (
     (r"\w+_(dim|width|rank|channels)|width|lru_width|word_embed_proj_dim|output_dim|projection_dim", 32),
 )
 _COMPILED = [(re.compile(pattern), value) for pattern, value in _RULES]
+_WIDTH = re.compile(r"hidden_size|embed_dim")
 # Fields in whose order the layers of a model are told apart.
 _STAGES = {"depths", "num_blocks", "encoder_layers", "decoder_layers", "layer_depths", "blocks_per_stage"}
 _IMAGES = re.compile(r"image_size|input_size|video_size|crop_size|img_size|\w*patch_size")
@@ -256,10 +257,15 @@ def shrunk(config: Any, level: int = 0, overrides: dict[str, Any] | None = None)
         elif name in ("rope_parameters", "rope_scaling") and isinstance(value, dict):
             given[name] = _rope(value, _has_sections(config.model_type))
         elif LEVELS[level].fields.fullmatch(name):
-            small = _small(name, value)
+            small = _width_of_stages(config) if _WIDTH.fullmatch(name) else None
+            small = _small(name, value) if small is None else small
+            if name == "image_size" and _has_stages(config) and small is not ...:
+                small = 64 if isinstance(small, int) else [64] * len(small)
+            if name == "window_size" and _has_stages(config) and small is not ...:
+                small = 2  # the last stage of a small image has no more
             if _KV_HEADS.fullmatch(name) and (not LEVELS[level].grouped or hasattr(config, "kv_lora_rank")):
                 small = 4
-            if small is not ...:
+            if small is not ... and small != value:
                 given[name] = small
     if kept:
         given[_depth_name(config)] = len(kept)
@@ -313,6 +319,24 @@ def _small(name: str, value: Any) -> Any:
                 return ...
             return small(value) if callable(small) else min(small, value) if name != "sliding_window" else small
     return ...
+
+
+def _has_stages(config: Any) -> bool:
+    names = ("depths", "blocks_per_stage", "hidden_sizes", "num_heads")
+    return any(isinstance(vars(config).get(name), (list, tuple)) for name in names)
+
+
+def _width_of_stages(config: Any) -> Any:
+    """Where a model's stages have widths or heads of their own, the width of the first; None elsewhere."""
+    held = vars(config)
+    heads = [
+        held.get(name) for name in ("num_heads", "num_attention_heads") if isinstance(held.get(name), (list, tuple))
+    ]
+    if any(isinstance(held.get(name), (list, tuple)) for name in ("embed_dim_per_stage", "embed_dims", "hidden_sizes")):
+        return ...
+    if heads and isinstance(heads[0][0], int):
+        return 8 * heads[0][0] if "embed_dim" in held else ...
+    return None
 
 
 def _depth_name(config: Any) -> str:
@@ -370,20 +394,79 @@ def _token_ids(config: Any, given: dict[str, Any]) -> None:
 
 
 # Families whose gradients are checked by `--train`.
-TRAINED: tuple[str, ...] = tuple(
-    """
-    llama mistral mixtral falcon gpt_neox phi phi3 qwen2 qwen3 gemma gemma2 gemma3_text starcoder2 gptj opt bloom mpt gpt2
-    gpt_bigcode gpt_neo gpt_oss codegen cohere cohere2 olmo2 stablelm glm4 granite deepseek_v3 xglm openai-gpt xlnet bert
-    roberta albert electra distilbert mpnet deberta deberta-v2 funnel modernbert nystromformer bart t5 mt5 pegasus
-    prophetnet whisper wav2vec2 wav2vec2-bert hubert vit deit beit swin swinv2 clip siglip blip dinov2 detr segformer
-    layoutlm layoutlmv3
-    """.split()
+TRAINED: tuple[str, ...] = (
+    "llama",
+    "mistral",
+    "mixtral",
+    "falcon",
+    "gpt_neox",
+    "phi",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "starcoder2",
+    "gptj",
+    "opt",
+    "bloom",
+    "mpt",
+    "gpt2",
+    "gpt_bigcode",
+    "gpt_neo",
+    "gpt_oss",
+    "codegen",
+    "cohere",
+    "cohere2",
+    "olmo2",
+    "stablelm",
+    "glm4",
+    "granite",
+    "deepseek_v3",
+    "xglm",
+    "openai-gpt",
+    "xlnet",
+    "bert",
+    "roberta",
+    "albert",
+    "electra",
+    "distilbert",
+    "mpnet",
+    "deberta",
+    "deberta-v2",
+    "funnel",
+    "modernbert",
+    "nystromformer",
+    "bart",
+    "t5",
+    "mt5",
+    "pegasus",
+    "prophetnet",
+    "whisper",
+    "wav2vec2",
+    "wav2vec2-bert",
+    "hubert",
+    "vit",
+    "deit",
+    "beit",
+    "swin",
+    "swinv2",
+    "clip",
+    "siglip",
+    "blip",
+    "dinov2",
+    "detr",
+    "segformer",
+    "layoutlm",
+    "layoutlmv3",
 )
 
+_SERIES = {"prediction_length": 6, "context_length": 12, "lags_sequence": [1, 2, 3], "num_time_features": 1}
 OVERRIDES: dict[str, dict[str, Any]] = {
-    "autoformer": {"prediction_length": 6, "context_length": 12, "lags_sequence": [1, 2, 3]},
-    "informer": {"prediction_length": 6, "context_length": 12, "lags_sequence": [1, 2, 3]},
-    "time_series_transformer": {"prediction_length": 6, "context_length": 12, "lags_sequence": [1, 2, 3]},
+    "autoformer": _SERIES,
+    "informer": _SERIES,
+    "time_series_transformer": _SERIES,
     "dots1": {"n_routed_experts": 4, "moe_intermediate_size": 48, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1},
     "bailing_hybrid": {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2},
@@ -398,11 +481,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "glm5_next": {"index_topk": 16, "index_kpool": 4},
     "fun_asr_nano": {"adaptor_config.intermediate_size": 8},
     "nemo_speechlm": {"chunk_length": 64},
+    "vits": {"speaking_rate": 1000.0},
+    "qwen2_5_vl": {"vision_config.window_size": 16},
+    "recurrent_gemma": {"num_hidden_layers": 3},
     "granite_speech5_ctc": {"context_size": 32},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
     "layoutlmv3": {"coordinate_size": 5, "shape_size": 6, "max_2d_position_embeddings": 64},
     "bridgetower": {"hidden_size": 64, "text_config.hidden_size": 64, "vision_config.hidden_size": 64},
-    "dbrx": {"attn_config.rope_theta": 10000.0},
+    "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
     "audio-spectrogram-transformer": {"max_length": 26},
     "efficientnet": {"image_size": 64},
     "depth_pro": {"patch_size": 16},

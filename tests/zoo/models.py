@@ -303,7 +303,7 @@ _OPTIONAL: dict[str, Callable[[Making], Any]] = {
     ),
     "spatial_shapes": lambda m: torch.tensor([[4, 4]] * BATCH),
     "pixel_attention_mask": lambda m: torch.ones(BATCH, 16, dtype=torch.long),
-    "past_time_features": lambda m: m.past(1 + find(m.config, "num_time_features", default=0)),
+    "past_time_features": lambda m: m.past(find(m.config, "num_time_features", default=1)),
     "past_observed_mask": lambda m: torch.ones_like(m.past()),
     "future_values": lambda m: m.floats(BATCH, find(m.config, "prediction_length", default=6)),
     "future_time_features": lambda m: m.floats(BATCH, find(m.config, "prediction_length", default=6), 1),

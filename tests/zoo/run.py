@@ -71,8 +71,11 @@ def through_inductors_patterns(gm: GraphModule, example_inputs: Any) -> Callable
     def enough(*args: Any, **kwargs: Any) -> Any:
         raise Enough
 
-    with contextlib.suppress(Enough), torch._inductor.config.patch(force_disable_caches=True):
-        torch._inductor.compile_fx.compile_fx(copy.deepcopy(gm), example_inputs, inner_compile=enough)
+    try:
+        with contextlib.suppress(Enough), torch._inductor.config.patch(force_disable_caches=True):
+            torch._inductor.compile_fx.compile_fx(copy.deepcopy(gm), example_inputs, inner_compile=enough)
+    except Exception:
+        torch._dynamo.utils.counters["zoo"]["inductor_failed"] += 1
     return gm.forward
 
 
@@ -325,9 +328,13 @@ def _looked_at(made: Subject) -> Row:
     row: Row = {"runs": {}, "sites": [], "adds_breaks": False}
     for padding in (False, True)[: 1 + made.takes_padding]:
         given = made.inputs(padding)
-        exact, _ = truth(made, given)
+        try:
+            exact, _ = truth(made, given)
+        except Exception as failure:
+            row["runs"]["padding"] = {"verdict": "not run", "detail": said(failure)}
+            continue
         result, sites = _run(made, given, torch.float32, exact)
-        if result["graphs"][1]:  # else there is none to add
+        if result.get("graphs", (1, 0))[1]:  # else there is none to add
             row["adds_breaks"] |= result["graphs"] != plainly(made.model, given)
         row["runs"]["float32, padding" if padding else "float32"] = result
         known = [site["source"] for site in row["sites"] if site["computes"] is None]
@@ -396,6 +403,7 @@ def _plain(made: Subject) -> Row:
     return {
         "graphs": breaks(),
         "inductor": torch._dynamo.utils.counters["inductor"]["fuse_attention"],
+        **dict(torch._dynamo.utils.counters["zoo"]),
         **remark,
     }
 

@@ -55,7 +55,7 @@ def _judged(node: Node, live: set[Node], split: bool) -> str | None:
     before, after = [*_products(node, _inputs)], [*_products(node, _users)]
     region = _reached(node, _users)
     if before and after:
-        leading = {n for n in region if any(p in _reached(n, _users, through=True) for p in after)}
+        leading = _leading(region, after)
         others = [u for n in {node, *leading} for u in n.users if u in live and not ({u} & (leading | {*after}))]
         same = [u for u in others if not _shrinks(u, node)]
         return "the weights are also used elsewhere" if same else ""
@@ -64,6 +64,18 @@ def _judged(node: Node, live: set[Node], split: bool) -> str | None:
     if split and after and not before and _scores_come_in(node):
         return "split by a graph break"
     return None
+
+
+def _leading(region: set[Node], to: list[Node]) -> set[Node]:
+    """The nodes of a region on a way to some nodes after it."""
+    leading: set[Node] = set()
+    stack = [*to]
+    while stack:
+        for node in stack.pop().all_input_nodes:
+            if node in region and node not in leading:
+                leading.add(node)
+                stack.append(node)
+    return leading
 
 
 def _shrinks(user: Node, weights: Node) -> bool:
