@@ -1,18 +1,26 @@
-"""What the examples share: the text, the truth in float64, fair measurements, and how both are shown."""
+"""What the examples share: the text, the truth in float64, fair measurements, and how both are shown; and for the
+benchmarks, cells that are measured one by one, kept in a file, and shown as tables."""
 
 from __future__ import annotations
 
 import argparse
 import copy
+import gc
+import importlib.metadata
+import json
 import math
 import os
+import shlex
 import statistics
+import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from rich import box
@@ -26,6 +34,12 @@ import attn_rewriter
 
 TEXT = Path(__file__).with_name("text.txt").read_text(encoding="utf-8")
 RUNS = 5
+GIB = 2**30
+OUT_OF_MEMORY = "out of memory"
+
+Answer = TypeVar("Answer")
+Seen = TypeVar("Seen")
+Cell = dict[str, Any]
 
 console = Console()
 
@@ -197,3 +211,138 @@ def results(title: str, sections: Mapping[str, Sequence[Measurement]]) -> Table:
             )
         table.add_section()
     return table
+
+
+# --------------------------------------------------------------------------------------- benchmarks
+
+
+def unchanged(model: nn.Module, compiler: str = "inductor") -> None:
+    """Compile a model in place as it is, with static shapes."""
+    model.compile(backend=compiler, dynamic=False)
+
+
+def rewritten(model: nn.Module, compiler: str = "inductor") -> None:
+    """Compile a model in place with its attention rewritten, with static shapes."""
+    attn_rewriter.optimize(model, compiler=compiler, dynamic=False)
+
+
+def time_step(
+    step: Callable[[], Answer], look: Callable[[Answer], Seen], repeat: int, *, patience: float
+) -> tuple[Seen, Cell]:
+    """What `look` sees in the first answer, and a cell: the median time of `repeat` steps after the first three, or of
+    as many (at least three) as begin within `patience` seconds; the time of the first step beyond that; and, on CUDA,
+    the peak of the memory over what was allocated before."""
+    cuda = torch.cuda.is_initialized()
+    before = torch.cuda.memory_allocated() if cuda else 0
+    start = time.perf_counter()
+    seen = look(step())
+    synchronize()
+    first = time.perf_counter() - start
+    for _ in range(2):
+        milliseconds(step)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    times: list[float] = []
+    while len(times) < repeat and (len(times) < 3 or sum(times) < patience * 1e3):
+        times.append(milliseconds(step))
+    ms = statistics.median(times)
+    cell = {"ms": ms, "times": times, "compile_s": first - ms / 1e3}
+    if cuda:
+        cell["gib"] = (torch.cuda.max_memory_allocated() - before) / GIB
+    return seen, cell
+
+
+def milliseconds(step: Callable[[], object]) -> float:
+    """How long one step takes: between two events on a GPU in use, else by the clock."""
+    if not torch.cuda.is_initialized():
+        return seconds_of(step) * 1e3
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def attempt(measure: Callable[..., Cell], *args: object) -> Cell:
+    """The measured cell. A failure becomes its text, and nothing that was compiled stays in memory."""
+    torch.compiler.reset()
+    try:
+        cell = measure(*args)
+    except Exception as error:  # the other cells are still worth having
+        if "out of memory" in str(error):
+            cell = {"failed": OUT_OF_MEMORY}
+        else:
+            traceback.print_exc()
+            cell = {"failed": f"{type(error).__name__}: {error}"[:300]}
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    return cell
+
+
+def versions(device: str) -> dict[str, str]:
+    """What the figures depend on."""
+    name = torch.cuda.get_device_name() if device == "cuda" else device
+    packages = ("transformers", "triton")
+    return {"device": name, "torch": torch.__version__, **{package: version(package) for package in packages}}
+
+
+def version(package: str) -> str:
+    """A package's version, or "none"."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+class Results:
+    """What was measured, kept in a JSON file where there is one."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.data: dict[str, Any] = {"setup": None, "commands": [], "cells": {}}
+        if path and path.exists():
+            self.data = json.loads(path.read_text())
+
+    def begin(self, setup: Mapping[str, object]) -> None:
+        """Note how the cells to come are measured; those in the file must have been measured alike."""
+        if self.data["setup"] not in (None, setup):
+            raise SystemExit(f"{self.path} was measured with another setup: {self.data['setup']}")
+        self.data["setup"] = setup
+        self.data["commands"].append(shlex.join(["python", *sys.argv]))
+
+    def get(self, column: str, row: str) -> Cell:
+        """A cell, empty where it was not measured."""
+        return self.data["cells"].get(column, {}).get(row, {})
+
+    def has(self, column: str, row: str) -> bool:
+        """Whether there is nothing to gain from measuring the cell again."""
+        cell = self.get(column, row)
+        return "ms" in cell or cell.get("failed") == OUT_OF_MEMORY
+
+    def put(self, column: str, row: str, cell: Cell) -> None:
+        """Keep a cell, in the file as well."""
+        self.data["cells"].setdefault(column, {})[row] = cell
+        if self.path:
+            partial = self.path.with_name(self.path.name + ".partial")
+            partial.write_text(json.dumps(self.data))
+            os.replace(partial, self.path)
+
+
+def rich_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table for the terminal, its numbers to the right."""
+    table = Table(title=title, title_justify="left", show_lines=True)
+    for i, name in enumerate(header):
+        table.add_column(name, justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def markdown_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The same table in Markdown."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    text = "\n".join("| " + " | ".join(cell.replace("\n", ", ") for cell in line) + " |" for line in lines)
+    return f"**{title}**\n\n{text}\n"

@@ -30,17 +30,9 @@ rest later (--rows hand rewritten, then --rows sdpa eager). Without a GPU, at a 
 
 import argparse
 import copy
-import gc
-import importlib.metadata
-import json
 import math
-import os
 import re
-import shlex
-import statistics
 import sys
-import time
-import traceback
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -48,8 +40,19 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from _common import (
+    GIB,
+    OUT_OF_MEMORY,
+    Results,
+    attempt,
+    markdown_table,
+    rewritten,
+    rich_table,
+    time_step,
+    unchanged,
+    versions,
+)
 from rich.console import Console
-from rich.table import Table
 from torch._inductor.utils import fresh_cache
 from transformers import AttentionInterface, DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -63,8 +66,6 @@ COLUMNS = (
     "train-1x8192",
     "decode-8x8192",
 )
-GIB = 2**30
-OUT_OF_MEMORY = "out of memory"
 
 
 # --------------------------------------------------------------------------------------------- rows
@@ -88,14 +89,6 @@ def by_hand(module, query, key, value, attention_mask, scaling=None, dropout=0.0
 AttentionInterface.register("by_hand", by_hand)
 
 
-def inductor(model):
-    model.compile(backend="inductor", dynamic=False)
-
-
-def rewriter(model):
-    attn_rewriter.optimize(model, compiler="inductor", dynamic=False)
-
-
 class Row(NamedTuple):
     label: str
     attn_implementation: str
@@ -103,10 +96,10 @@ class Row(NamedTuple):
 
 
 ROWS = {
-    "eager": Row("HF eager + Inductor", "eager", inductor),
-    "sdpa": Row("HF sdpa + Inductor", "sdpa", inductor),
-    "hand": Row("by hand + Inductor", "by_hand", inductor),
-    "rewritten": Row("HF eager, rewritten", "eager", rewriter),
+    "eager": Row("HF eager + Inductor", "eager", unchanged),
+    "sdpa": Row("HF sdpa + Inductor", "sdpa", unchanged),
+    "hand": Row("by hand + Inductor", "by_hand", unchanged),
+    "rewritten": Row("HF eager, rewritten", "eager", rewritten),
 }
 
 
@@ -206,19 +199,6 @@ def parse_column(text):
 # -------------------------------------------------------------------------------------- measurement
 
 
-def milliseconds(step, cuda):
-    if not cuda:
-        start = time.perf_counter()
-        step()
-        return (time.perf_counter() - start) * 1e3
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    step()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
-
-
 def sample(tensor):
     """About 64 values, to compare between rows. Off the device, so this also waits for it."""
     values = tensor.detach().flatten()
@@ -226,55 +206,22 @@ def sample(tensor):
 
 
 def measure(model, row, workload, batch, tokens, repeat):
-    """One cell. At least three runs, then up to `repeat` of them within ten seconds."""
-    cuda = model.device.type == "cuda"
+    """One cell, from empty caches."""
     torch.manual_seed(1)
     view = copy.copy(model)  # a module of its own, to be compiled and thrown away, over the same weights
     view.set_attn_implementation(row.attn_implementation)
     row.compile(view)
-    step = WORKLOADS[workload](view, batch, tokens)
-    before = torch.cuda.memory_allocated() if cuda else 0
-
-    start = time.perf_counter()
-    answer = sample(step())
-    first = time.perf_counter() - start
-    for _ in range(2):
-        milliseconds(step, cuda)
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    times: list[float] = []
-    while len(times) < repeat and (len(times) < 3 or sum(times) < 10_000):
-        times.append(milliseconds(step, cuda))
-
-    ms = statistics.median(times)
-    cell = {"ms": ms, "times": times, "compile_s": first - ms / 1e3, "answer": answer}
-    if cuda:
-        cell["gib"] = (torch.cuda.max_memory_allocated() - before) / GIB
-    if row.compile is rewriter:
+    try:
+        with fresh_cache():
+            answer, cell = time_step(WORKLOADS[workload](view, batch, tokens), sample, repeat, patience=10)
+    finally:
+        model.zero_grad(set_to_none=True)
+    cell["answer"] = answer
+    if row.compile is rewritten:
         report = attn_rewriter.report_of(view)
         cell |= {"sites": report.n_sites, "fused": report.n_fused, "rewrite_ms": report.rewrite_seconds * 1e3}
         if report.n_fused < report.n_sites:
             cell["report"] = str(report)
-    return cell
-
-
-def measure_safely(model, *args):
-    """`measure` from empty caches; a failure becomes the cell's text, and nothing of it stays in memory."""
-    torch.compiler.reset()
-    with fresh_cache():
-        try:
-            cell = measure(model, *args)
-        except Exception as error:  # the other cells are still worth having
-            if "out of memory" in str(error):
-                cell = {"failed": OUT_OF_MEMORY}
-            else:
-                traceback.print_exc()
-                cell = {"failed": f"{type(error).__name__}: {error}"[:300]}
-    model.zero_grad(set_to_none=True)
-    torch.compiler.reset()
-    gc.collect()
-    if model.device.type == "cuda":
-        torch.cuda.empty_cache()
     return cell
 
 
@@ -288,53 +235,8 @@ def warm_up(device):
 # ------------------------------------------------------------------------------------------ results
 
 
-def version(package):
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
-
-
 def describe_setup(args):
-    return {
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else args.device,
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "triton": version("triton"),
-        "dtype": args.dtype,
-        "layers": args.layers,
-        "hidden": args.hidden,
-    }
-
-
-class Results:
-    """What was measured, kept in a JSON file where there is one."""
-
-    def __init__(self, path):
-        self.path = path
-        self.data = {"setup": None, "commands": [], "cells": {}}
-        if path and path.exists():
-            self.data = json.loads(path.read_text())
-
-    def begin(self, setup):
-        if self.data["setup"] not in (None, setup):
-            raise SystemExit(f"{self.path} was measured with another setup: {self.data['setup']}")
-        self.data["setup"] = setup
-        self.data["commands"].append(shlex.join(["python", *sys.argv]))
-
-    def get(self, column, row):
-        return self.data["cells"].get(column, {}).get(row, {})
-
-    def has(self, column, row):
-        cell = self.get(column, row)
-        return "ms" in cell or cell.get("failed") == OUT_OF_MEMORY
-
-    def put(self, column, row, cell):
-        self.data["cells"].setdefault(column, {})[row] = cell
-        if self.path:
-            partial = self.path.with_name(self.path.name + ".partial")
-            partial.write_text(json.dumps(self.data))
-            os.replace(partial, self.path)
+    return {**versions(args.device), "dtype": args.dtype, "layers": args.layers, "hidden": args.hidden}
 
 
 # ------------------------------------------------------------------------------------------- tables
@@ -420,21 +322,6 @@ def repeated_kv(results):
         yield line
 
 
-def rich_table(title, header, rows):
-    table = Table(title=title, title_justify="left", show_lines=True)
-    for i, name in enumerate(header):
-        table.add_column(name, justify="right" if i else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def markdown_table(title, header, rows):
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    text = "\n".join("| " + " | ".join(cell.replace("\n", ", ") for cell in line) + " |" for line in lines)
-    return f"**{title}**\n\n{text}\n"
-
-
 def show(results, markdown):
     console = Console(width=max(Console().width, 130), highlight=False)
     header = ", ".join(f"{key} {value}" for key, value in results.data["setup"].items())
@@ -513,7 +400,7 @@ def main():
         with console.status(f"{column}: {ROWS[row].label}: compiling and measuring"):
             shape = Shape.of(workload, args.layers, args.hidden)
             model = build(shape, args.device, getattr(torch, args.dtype))
-            cell = measure_safely(model, ROWS[row], workload, batch, tokens, args.repeat)
+            cell = attempt(measure, model, ROWS[row], workload, batch, tokens, args.repeat)
         results.put(column, row, cell)
         console.print(f"{column:16} {row:10} {in_words(cell)}", markup=False, soft_wrap=True)
         if "report" in cell:

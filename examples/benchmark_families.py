@@ -1,0 +1,522 @@
+"""Twelve architectures on one GPU, eager under Inductor against the same eager models rewritten.
+
+All of them have attention that a plain scaled_dot_product_attention can't compute, or had none but eager code for
+years: sinks, softcaps, sliding windows, ALiBi, relative positions. The sizes are those of a published checkpoint, with
+few layers, a small vocabulary and random weights; dropout is 0.
+
+    eager       torch.compile(model, backend="inductor"), attn_implementation="eager"
+    rewritten   the same through attn_rewriter
+
+    forward     no_grad, no cache
+    training    forward and backward of the model's own loss, gradients freed before each step
+
+Times are medians of CUDA events after warm-up. Memory is the peak over what was allocated before the first step: the
+weights and inputs. "Off by" is the root mean square of the difference from the same model run without any compiler, in
+the same type, over that of its answer: of the output, or of all gradients together. That of the row "eager" is the
+noise of the type; that of the row "rewritten" should be no more than a little above it.
+
+    python examples/benchmark_families.py --json families.json --markdown
+
+Each family runs in a process of its own: one that crashes or hangs costs a cell, which then says so. With --json every
+cell is written as soon as it is measured, and cells in the file are not measured again: after an interruption run the
+same command again. Without a GPU, at a tiny size and in float32, to see that everything works (no figures to quote):
+
+    python examples/benchmark_families.py --device cpu --tiny --families t5 --columns forward
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import multiprocessing
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from _common import (
+    OUT_OF_MEMORY,
+    Cell,
+    Results,
+    attempt,
+    console,
+    markdown_table,
+    positive,
+    rewritten,
+    rich_table,
+    time_step,
+    unchanged,
+    versions,
+    working,
+)
+from torch import Tensor, nn
+
+import attn_rewriter
+
+VOCABULARY = 1024
+PATIENCE = 2.0  # seconds of timed steps in a cell
+LIMIT = 300.0  # seconds for a cell, its compilation included
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all cells have in common."""
+
+    device: str
+    tiny: bool
+    compiler: str
+    repeat: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self.tiny else torch.bfloat16
+
+
+# ----------------------------------------------------------------------------------------- families
+
+
+@dataclass(frozen=True)
+class Family:
+    """A checkpoint's sizes, and what is smaller in the tiny one. `size` is a batch and its tokens, or pixels a side."""
+
+    like: str
+    auto: str
+    size: tuple[int, int]
+    config: Mapping[str, Any]
+    tiny: Mapping[str, Any] = field(default_factory=dict)
+    tiny_size: tuple[int, int] = (2, 40)
+    model_type: str = ""  # where it isn't the family's name
+
+
+_TEXT = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "use_cache": False}
+_BERT = {**_TEXT, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_hidden_layers": 4}
+_TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.2}
+
+FAMILIES = {
+    "gpt_oss": Family(
+        "gpt-oss-20b, 4 of its experts",
+        "CausalLM",
+        (4, 2048),
+        {
+            **_TEXT,
+            "hidden_size": 2880,
+            "intermediate_size": 2880,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "sliding_window": 128,
+            "num_local_experts": 4,  # all are used: the choice doesn't depend on rounding
+            "num_experts_per_tok": 4,
+        },
+        {**_TINY, "intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8},
+    ),
+    "gemma2": Family(
+        "gemma-2-2b",
+        "CausalLM",
+        (1, 8192),
+        {
+            **_TEXT,
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "sliding_window": 4096,
+        },
+        {**_TINY, "intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8},
+    ),
+    "bloom": Family(
+        "bloom-7b1",
+        "CausalLM",
+        (4, 2048),
+        {**_TEXT, "hidden_size": 4096, "n_layer": 4, "n_head": 32},
+        {"hidden_size": 64, "n_layer": 2, "n_head": 4, "initializer_range": 0.2},
+    ),
+    "gptj": Family(
+        "gpt-j-6b",
+        "CausalLM",
+        (4, 2048),
+        {**_TEXT, "n_embd": 4096, "n_layer": 4, "n_head": 16, "rotary_dim": 64},
+        {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "initializer_range": 0.2},
+    ),
+    "mpt": Family(
+        "mpt-7b",
+        "CausalLM",
+        (4, 2048),
+        {**_TEXT, "d_model": 4096, "n_layers": 4, "n_heads": 32, "max_seq_len": 2048},
+        {"d_model": 64, "n_layers": 2, "n_heads": 4, "initializer_range": 0.2},
+    ),
+    "deberta_v2": Family(
+        "deberta-v3-large",
+        "MaskedLM",
+        (16, 512),
+        {
+            **_BERT,
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_attention_heads": 16,
+            "relative_attention": True,
+            "position_buckets": 256,
+            "pos_att_type": ["p2c", "c2p"],
+            "share_att_key": True,
+            "norm_rel_ebd": "layer_norm",
+            "position_biased_input": False,
+            "max_position_embeddings": 512,
+        },
+        {**_TINY, "intermediate_size": 64, "position_buckets": 8, "max_position_embeddings": 64},
+        model_type="deberta-v2",
+    ),
+    "swinv2": Family(
+        "swinv2-tiny-window8-256",
+        "ImageClassification",
+        (64, 256),
+        {
+            "image_size": 256,
+            "patch_size": 4,
+            "embed_dim": 96,
+            "depths": [2, 2, 2, 2],
+            "num_heads": [3, 6, 12, 24],
+            "window_size": 8,
+            "drop_path_rate": 0.0,
+            "num_labels": VOCABULARY,
+        },
+        {"image_size": 32, "embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4},
+        tiny_size=(2, 32),
+    ),
+    "t5": Family(
+        "t5-v1_1-large",
+        "Seq2SeqLM",
+        (16, 1024),
+        {
+            **_TEXT,
+            "d_model": 1024,
+            "d_kv": 64,
+            "d_ff": 2816,
+            "num_layers": 4,
+            "num_decoder_layers": 4,
+            "num_heads": 16,
+            "feed_forward_proj": "gated-gelu",
+            "dropout_rate": 0.0,
+            "decoder_start_token_id": 0,
+        },
+        {"d_model": 64, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4},
+    ),
+    "gpt_neo": Family(
+        "gpt-neo-1.3B",
+        "CausalLM",
+        (4, 2048),
+        {
+            **_TEXT,
+            "hidden_size": 2048,
+            "num_layers": 4,
+            "num_heads": 16,
+            "attention_types": [[["global", "local"], 2]],
+            "window_size": 256,
+            "max_position_embeddings": 2048,
+        },
+        {
+            **{"hidden_size": 64, "num_layers": 2, "num_heads": 4, "initializer_range": 0.2},
+            "attention_types": [[["global", "local"], 1]],
+            "window_size": 8,
+        },
+    ),
+    "falcon": Family(
+        "falcon-rw-1b",
+        "CausalLM",
+        (4, 2048),
+        {
+            **_TEXT,
+            "hidden_size": 2048,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 32,
+            "alibi": True,
+            "bias": True,
+            "multi_query": False,
+            "parallel_attn": False,
+        },
+        _TINY,
+    ),
+    "codegen": Family(
+        "codegen-2B",
+        "CausalLM",
+        (4, 2048),
+        {**_TEXT, "n_embd": 2560, "n_layer": 4, "n_head": 32, "rotary_dim": 64, "n_positions": 2048},
+        {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "initializer_range": 0.2},
+    ),
+    "mpnet": Family(
+        "mpnet-base",
+        "MaskedLM",
+        (32, 512),
+        {
+            **_BERT,
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_attention_heads": 12,
+            "max_position_embeddings": 514,
+        },
+        {**_TINY, "intermediate_size": 64},
+    ),
+}
+
+
+def build(name: str, how: Setup) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A model with random weights and inputs for it, made where they will be used; the same every time."""
+    torch.manual_seed(0)
+    family = FAMILIES[name]
+    auto = getattr(transformers, f"AutoModelFor{family.auto}")
+    sizes = {**family.config, **(family.tiny if how.tiny else {})}
+    config = transformers.AutoConfig.for_model(family.model_type or name, **sizes)
+    with torch.device(how.device):
+        model = auto.from_config(config, dtype=how.dtype, attn_implementation="eager")
+        return model, inputs(family.auto, *(family.tiny_size if how.tiny else family.size), how.dtype)
+
+
+def inputs(auto: str, batch: int, length: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Random tokens or images, and labels."""
+    if auto == "ImageClassification":
+        images = torch.randn(batch, 3, length, length, dtype=dtype)
+        return {"pixel_values": images, "labels": torch.randint(VOCABULARY, (batch,))}
+    ids = torch.randint(3, VOCABULARY, (batch, length))  # none of them special
+    given = {"input_ids": ids, "labels": ids}
+    return {**given, "decoder_input_ids": ids.flip(1)} if auto == "Seq2SeqLM" else given
+
+
+# ------------------------------------------------------------------------------------- measurements
+
+
+Step = Callable[[], dict[str, Tensor]]
+
+
+def forward(model: nn.Module, given: dict[str, Tensor]) -> Step:
+    """A step that answers with the output."""
+    given = {name: x for name, x in given.items() if name != "labels"}
+    model.eval()
+
+    @torch.no_grad()
+    def step() -> dict[str, Tensor]:
+        return {"output": model(**given).logits}
+
+    return step
+
+
+def training(model: nn.Module, given: dict[str, Tensor]) -> Step:
+    """A step that answers with the gradients."""
+    model.train()
+
+    def step() -> dict[str, Tensor]:
+        model.zero_grad(set_to_none=True)
+        model(**given).loss.backward()
+        return {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
+
+    return step
+
+
+ROWS = {"eager": unchanged, "rewritten": rewritten}
+COLUMNS = {"forward": forward, "training": training}
+
+
+def measure(name: str, column: str, row: str, how: Setup) -> Cell:
+    """One cell: its time and memory, how far its answer is off and, where attention is rewritten, the sites."""
+    model, given = build(name, how)
+    step = COLUMNS[column](model, given)
+    truth = answer_or_none(step)
+    model.zero_grad(set_to_none=True)
+    ROWS[row](model, how.compiler)
+    off, cell = time_step(step, lambda answer: differences(answer, truth), how.repeat, patience=PATIENCE)
+    cell |= off
+    if row == "rewritten":
+        report = attn_rewriter.report_of(model)
+        kernels = Counter(site.kernel for site in report.sites if site.kernel)
+        cell |= {"sites": report.n_sites, "fused": report.n_fused, "kernels": dict(kernels), "report": str(report)}
+    return cell
+
+
+def answer_or_none(step: Step) -> dict[str, Tensor] | None:
+    """What the model answers without a compiler; nothing where that takes more memory than there is."""
+    try:
+        return step()
+    except torch.OutOfMemoryError:
+        return None
+
+
+def differences(answer: dict[str, Tensor], truth: dict[str, Tensor] | None) -> Cell:
+    """The root mean square of the difference over that of the truth, of all tensors together; and the tensors that
+    differ most, each by itself: gradients that are 0 but for rounding, as a key's bias has, differ by about 1."""
+    if truth is None:
+        return {}
+    if answer.keys() != truth.keys():
+        raise AssertionError(f"other gradients: {sorted(answer.keys() ^ truth.keys())}")
+    apart = {name: (answer[name].float() - x.float()).norm().item() for name, x in truth.items()}
+    norms = {name: x.float().norm().item() for name, x in truth.items()}
+    each = {name: apart[name] / max(norms[name], 1e-30) for name in truth}
+    worst = sorted(each, key=lambda name: each[name], reverse=True)[:5]
+    total = math.hypot(*apart.values()) / max(math.hypot(*norms.values()), 1e-30)
+    return {"off_by": total, "worst": {name: each[name] for name in worst}}
+
+
+# ---------------------------------------------------------------------------------------- processes
+
+
+class Worker:
+    """A process that measures one cell after another. It begins with its imports, before there is anything to do."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs,))
+        self.process.start()
+        theirs.close()
+
+    def measure(self, *task: object) -> Cell:
+        """The cell, or why there is none."""
+        try:
+            self.connection.send(task)
+            if self.connection.poll(LIMIT):
+                return self.connection.recv()
+        except (EOFError, OSError):
+            self.process.join(10)
+            return {"failed": f"the process ended with exit code {self.process.exitcode}"}
+        return {"failed": f"no answer within {LIMIT:.0f} s"}
+
+    def close(self) -> None:
+        """End the process, busy or not, and free its memory."""
+        self.connection.close()
+        self.process.join(5)
+        self.process.kill()
+        self.process.join()
+
+
+def serve(connection: Any) -> None:
+    """A worker's side: answer tasks until the other end is closed."""
+    try:
+        while True:
+            connection.send(attempt(measure, *connection.recv()))
+    except (EOFError, OSError):
+        pass
+
+
+def measured(tasks: list[tuple[str, str, str]], how: Setup) -> Iterator[tuple[tuple[str, str, str], Cell]]:
+    """Each task with its cell. A worker serves one family, or less if a cell fails; the next one imports meanwhile."""
+    workers = [Worker()] if tasks else []
+    try:
+        for i, task in enumerate(tasks):
+            if len(workers) == 1 and any(later[0] != task[0] for later in tasks[i:]):
+                workers.append(Worker())
+            with working(" ".join(task)):
+                cell = workers[0].measure(*task, how)
+            yield task, cell
+            others = tasks[i + 1 :]
+            if others and ("failed" in cell or others[0][0] != task[0]):
+                workers.pop(0).close()
+                workers = workers or [Worker()]
+    finally:
+        for worker in workers:
+            worker.close()
+
+
+# ------------------------------------------------------------------------------------------- tables
+
+
+def milliseconds(cell: Cell, base: Cell) -> str:
+    """The time, with the speed-up over another cell; or why there is none."""
+    if "ms" not in cell:
+        return cell.get("failed", "–").split(":")[0]
+    faster = f" ({base['ms'] / cell['ms']:.2f}×)" if "ms" in base and base is not cell else ""
+    return f"{cell['ms']:.2f}{faster}"
+
+
+def gibibytes(cell: Cell) -> str:
+    """The peak of the memory, where it was measured."""
+    return f"{cell['gib']:.2f}" if "gib" in cell else "–"
+
+
+def off_by(cell: Cell) -> str:
+    """How far the answer is off, where there was one to compare it with."""
+    return f"{cell['off_by']:.1e}" if "off_by" in cell else "–"
+
+
+def sites(cells: list[Cell]) -> str:
+    """As in "4/4: flex 2, sdpa 2"; once where the columns agree."""
+    texts = []
+    for cell in cells:
+        if "sites" in cell:
+            kernels = ", ".join(f"{name} {count}" for name, count in sorted(cell["kernels"].items()))
+            texts.append(f"{cell['fused']}/{cell['sites']}" + (f": {kernels}" if kernels else ""))
+    return "\n".join(dict.fromkeys(texts))
+
+
+def table(results: Results) -> tuple[str, list[str], list[list[str]]]:
+    """Title, header and rows: two rows a family."""
+    columns = [column for column in COLUMNS if any(key.endswith(" " + column) for key in results.data["cells"])]
+    header = ["", "", *(f"{column} {what}" for column in columns for what in ("ms", "GiB", "off by")), "fused sites"]
+    rows = []
+    for name, family in FAMILIES.items():
+        for row in ROWS:
+            cells = [results.get(f"{name} {column}", row) for column in columns]
+            bases = [results.get(f"{name} {column}", "eager") for column in columns]
+            figures = [(milliseconds(c, base), gibibytes(c), off_by(c)) for c, base in zip(cells, bases, strict=True)]
+            if any(cells):
+                title = f"{name}\n{family.like}\n{'×'.join(map(str, family.size))}"
+                first = name if results.data["setup"]["tiny"] else title
+                rows.append([first if row == "eager" else name, row, *sum(figures, ()), sites(cells)])
+    return "Eager attention, as it is and rewritten, both compiled", header, rows
+
+
+def show(results: Results, markdown: bool) -> None:
+    """All that the file holds; the Markdown last."""
+    header = ", ".join(f"{key} {value}" for key, value in (results.data["setup"] or {}).items())
+    title, columns, rows = table(results)
+    console.print(header, markup=False, soft_wrap=True)
+    console.print(rich_table(title, columns, rows))
+    if markdown:
+        commands = dict.fromkeys(results.data["commands"])
+        print("", header, *(f"`{command}`" for command in commands), sep="\n\n")
+        print(f"\n{markdown_table(title, columns, rows)}")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), metavar="NAME")
+    parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=list(COLUMNS))
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes in float32, to try it without a GPU")
+    parser.add_argument("--compiler", default="inductor", help="a torch.compile backend (default: %(default)s)")
+    parser.add_argument("--repeat", type=positive, default=20, help=f"timed steps of a cell, within {PATIENCE:.0f} s")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="written after every cell; its cells are kept")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown too")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_args()
+    how = Setup(args.device, args.tiny, args.compiler, args.repeat)
+    results = Results(args.json)
+    tasks = [(name, column, row) for name in args.families for column in args.columns for row in args.rows]
+    tasks = [(name, column, row) for name, column, row in tasks if not results.has(f"{name} {column}", row)]
+    if tasks:
+        dtype = str(how.dtype).removeprefix("torch.")
+        results.begin({**versions(args.device), "dtype": dtype, "tiny": args.tiny, "compiler": args.compiler})
+    for (name, column, row), cell in measured(tasks, how):
+        results.put(f"{name} {column}", row, cell)
+        figures = f"{cell['ms']:.2f} ms, {gibibytes(cell)} GiB" if "ms" in cell else cell["failed"]
+        console.print(
+            f"{name:10} {column:8} {row:9} {figures}, off by {off_by(cell)}  {sites([cell])}",
+            markup=False,
+            soft_wrap=True,
+        )
+        if cell.get("fused", 0) < cell.get("sites", 0):
+            console.print(cell["report"], markup=False)
+    show(results, args.markdown)
+    cells = [cell for column in results.data["cells"].values() for cell in column.values()]
+    return int(any(cell.get("failed", OUT_OF_MEMORY) != OUT_OF_MEMORY for cell in cells))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
