@@ -54,10 +54,9 @@ def find(facts: Facts) -> Iterator[Site]:
             yield Site("mha", node, node, call)
         elif (softmax := _softmax(node, call, matcher)) is not None and _product_before(facts, softmax):
             output = next(_products_after(facts, node), None)
-            if output is not None and isinstance(softmax, Refusal):
-                yield Site("softmax", node, output, call, refusal=softmax)
-            elif output is not None:
-                yield Site("softmax", node, output, call, softmax)
+            if output is not None:
+                known, refusal = (None, softmax) if isinstance(softmax, Refusal) else (softmax, None)
+                yield Site("softmax", node, output, call, known, refusal)
 
 
 def _softmax(node: Node, call: Call, matcher: Matcher) -> Softmax | Refusal | None:

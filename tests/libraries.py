@@ -188,8 +188,8 @@ DIFFUSERS = {
     "sd3": Model(
         _diffusers(
             "SD3Transformer2DModel", eager=False, sample_size=8, patch_size=2, in_channels=4, out_channels=4,
-            num_layers=2, attention_head_dim=8, num_attention_heads=4, joint_attention_dim=24, caption_projection_dim=32,
-            pooled_projection_dim=16,
+            num_layers=2, attention_head_dim=8, num_attention_heads=4, joint_attention_dim=24,
+            caption_projection_dim=32, pooled_projection_dim=16,
         ),
         both(_JOINT, _TIMES),
         {HEAD8: 2},
@@ -498,12 +498,29 @@ class LatentHeadsAttention(nn.Module):
         return self.out((weights @ v).transpose(1, 2).reshape(b, t, -1))
 
 
+class DifferentialAttention(nn.Module):
+    """The difference of two softmaxes before one value (https://arxiv.org/abs/2410.05258)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out, self.weight = nn.Linear(32, 96), nn.Linear(32, 32), nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        (q1, q2), (k1, k2) = (y.view(b, t, 2, 2, 8).permute(2, 0, 3, 1, 4) for y in (q, k))
+        v = v.view(b, t, 2, 16).transpose(1, 2)
+        first, second = (torch.softmax(q @ k.mT * 8**-0.5, dim=-1) for q, k in ((q1, k1), (q2, k2)))
+        return self.out(((first - self.weight.sigmoid() * second) @ v).transpose(1, 2).flatten(2))
+
+
 _X = floats(x=(2, 11, 32))
 WRITTEN = {
-    "gpt": Model(GPTAttention, _X, {f"{HEAD8}, mask tensor [query, key]": 1}),
+    "gpt": Model(GPTAttention, _X, {f"{HEAD8}, inverted mask tensor [query, key]": 1}),
     "einops": Model(EinopsAttention, both(_X, floats(context=(2, 5, 32))), {HEAD8: 1}),
     "latent_diffusion": Model(LatentAttention, floats(x=(2, 16, 4, 5)), {HEAD16: 1}),
     "latent_heads": Model(LatentHeadsAttention, _X, {"scale 0.2041, causal": 1}),
+    "differential": Model(DifferentialAttention, _X),  # no softmax has a product of its own
 }
 
 MODELS = {
