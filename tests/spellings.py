@@ -620,7 +620,7 @@ def tensor_scale_after_mask(q, k, v, tau):
     return ((q @ k.mT).masked_fill(torch.ones(S, S, device=q.device).triu(1).bool(), -1e9) * tau).softmax(-1) @ v
 
 
-@refused("scores are also returned")
+@refused("scores are also used by `clone`")
 def scores_kept_for_somebody(q, k, v):
     scores = q @ k.mT * D**-0.5
     return scores.softmax(-1) @ v, scores.clone()
