@@ -7,10 +7,11 @@ compute, and whether that is attention at all, is for `describe`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.fx import Node
 
+from attn_rewriter.errors import Refusal, Refused
 from attn_rewriter.graph import Call, Facts, is_inplace
 from attn_rewriter.patterns.masks import MaskReader
 from attn_rewriter.patterns.match import Matcher
@@ -22,18 +23,21 @@ _PASSED = {
     *("add", "sub", "mul", "div", "neg", "tanh", "clamp", "maximum", "minimum", "max", "amax", "unpack", "detach"),
     *("cast", "copy", "permute", "reshape", "expand", "repeat", "repeat_interleave", "getitem", "append", "pad"),
     *("where", "masked_fill", "nan_to_num", "dropout"),
+    "conv2d",  # over the heads: talking heads, which are refused
 }
 
 
 @dataclass(frozen=True)
 class Site:
-    """One place where a model attends: the anchor, and the node whose value a fused kernel will replace."""
+    """One place where a model attends: the anchor, and the node whose value a fused kernel will replace; a `refusal`
+    where not even that much can be read."""
 
     kind: str  # "softmax", "sdpa", or "mha" for a multi-head attention call that could not be opened
     anchor: Node
     output: Node
     call: Call
     softmax: Softmax | None = None
+    refusal: Refusal | None = None
 
 
 def find(facts: Facts) -> Iterator[Site]:
@@ -48,14 +52,25 @@ def find(facts: Facts) -> Iterator[Site]:
             yield Site("sdpa", node, node, call)
         elif call.name == "multi_head_attention_forward":
             yield Site("mha", node, node, call)
-        elif (softmax := read_softmax(node, call, matcher)) is not None and _product_before(facts, softmax):
+        elif (softmax := _softmax(node, call, matcher)) is not None and _product_before(facts, softmax):
             output = next(_products_after(facts, node), None)
             if output is not None:
-                yield Site("softmax", node, output, call, softmax)
+                known, refusal = (None, softmax) if isinstance(softmax, Refusal) else (softmax, None)
+                yield Site("softmax", node, output, call, known, refusal)
 
 
-def _product_before(facts: Facts, softmax: Softmax) -> bool:
-    seen, stack = set(softmax.nodes), [softmax.input]
+def _softmax(node: Node, call: Call, matcher: Matcher) -> Softmax | Refusal | None:
+    try:
+        return read_softmax(node, call, matcher)
+    except Refused as refused:  # what it is computed from is not known, because something wrote into a part of it
+        return replace(refused.refusal, node=node) if call.name == "softmax" else None
+
+
+def _product_before(facts: Facts, softmax: Softmax | Refusal) -> bool:
+    if isinstance(softmax, Refusal):
+        seen, stack = {softmax.node}, softmax.node.all_input_nodes
+    else:
+        seen, stack = set(softmax.nodes), [softmax.input]
     while stack:
         node = stack.pop()
         call = facts.call(node)

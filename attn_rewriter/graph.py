@@ -54,6 +54,7 @@ sqrt(input): torch.sqrt .sqrt math.sqrt torch.sym_sqrt
 rsqrt(input): torch.rsqrt .rsqrt
 reciprocal(input): torch.reciprocal .reciprocal
 tanh(input): torch.tanh F.tanh .tanh
+conv2d(input): torch.conv2d F.conv2d
 exp(input): torch.exp .exp
 clamp(input, min=None, max=None): torch.clamp torch.clip .clamp .clip
 clamp(input, min, max=None): torch.clamp_min .clamp_min
@@ -335,6 +336,16 @@ def is_pure(node: Node) -> bool:
     return found is not None and found.name not in _PURE_EXCEPT and not is_inplace(node)
 
 
+def erase_unused(graph: Graph) -> bool:
+    """Erase the pure nodes that nobody uses, such as scores that a model keeps for whoever asks; whether there was
+    one. Dynamo leaves them in the graph."""
+    before = len(graph.nodes)
+    for node in reversed(graph.nodes):
+        if not node.users and is_pure(node):
+            graph.erase_node(node)
+    return len(graph.nodes) < before
+
+
 _SHAPE_ONLY = {"full_like", "zeros_like", "ones_like", "new_full", "new_zeros", "new_ones"}
 _SELECTING = {"reshape", "permute", "expand", "getitem"}
 
@@ -563,7 +574,7 @@ def module_path(node: Node) -> str:
     """The dotted path of the module whose forward made a node, as in `model.named_modules()`."""
     paths = [entry[0] for entry in (node.meta.get("nn_module_stack") or {}).values()]
     path = _ROOT.sub("", paths[-1]) if paths else ""
-    return re.sub(r"\['?(\w+)'?\]", r".\1", path).replace("_modules.", "").lstrip(".")
+    return re.sub(r"\['?(\w+)'?\]", r".\1", path).replace("_modules.", "").replace("__dict__.", "").lstrip(".")
 
 
 def describe_node(node: Node) -> str:

@@ -16,7 +16,7 @@ from attn_rewriter.device import Device
 from attn_rewriter.emit import emit
 from attn_rewriter.errors import KernelUnavailable, Refusal, RewriteError
 from attn_rewriter.find import Site, find
-from attn_rewriter.graph import Facts, module_path, source, tensor
+from attn_rewriter.graph import Facts, erase_unused, module_path, source, tensor
 from attn_rewriter.lower import lower, obstacle
 from attn_rewriter.report import Report, SiteReport
 from attn_rewriter.splice import share
@@ -53,11 +53,13 @@ def rewrite(gm: GraphModule, settings: Settings) -> Report:
 
 
 def _graphs(gm: GraphModule) -> Iterator[Facts]:
-    """The graph, then the bodies that it calls, each with its multi-head attention calls opened."""
+    """The graph, then the bodies that it calls, each with its multi-head attention calls opened and without what
+    nobody uses."""
     queue = [Facts(gm.graph, dict(gm.named_children()))]
     while queue:
         facts = queue.pop()
-        if lower(facts):
+        opened = lower(facts)
+        if erase_unused(facts.graph) or opened:
             facts = Facts(facts.graph, facts.modules, facts.outer, facts.caller, facts.single)
         queue += facts.bodies()
         yield facts
@@ -83,7 +85,7 @@ def _rewrite_site(site: Site, facts: Facts, settings: Settings, unread: SiteRepo
     if site.kind == "mha":
         reason = obstacle(site.anchor, site.call) or "it could not be opened"
         return replace(unread, refusals=(Refusal("lower", reason, site.anchor),))
-    found = describe(site, facts)
+    found = site.refusal or describe(site, facts)
     if isinstance(found, Refusal):
         return replace(unread, refusals=(found,))
     output = tensor(site.output)

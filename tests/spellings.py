@@ -114,6 +114,15 @@ def scale_on_both(q, k, v):
     return ((q * D**-0.25) @ (D**-0.25 * k).transpose(2, 3)).softmax(-1) @ v
 
 
+@spelling()
+def scores_kept_for_nobody(q, k, v):
+    scores = q @ k.mT * D**-0.5
+    kept = scores.clone(), scores.detach()[:, 0]  # noqa: F841 x-transformers, for those who ask for them
+    weights = scores.softmax(-1)
+    seen = weights.clone()  # noqa: F841
+    return weights @ v
+
+
 @spelling("plain")
 def scale_absent(q, k, v):
     return (q @ k.transpose(2, 3)).softmax(-1) @ v
@@ -609,6 +618,37 @@ def negative_scale_after_mask(q, k, v):
 @refused("scaled by a tensor after a mask")
 def tensor_scale_after_mask(q, k, v, tau):
     return ((q @ k.mT).masked_fill(torch.ones(S, S, device=q.device).triu(1).bool(), -1e9) * tau).softmax(-1) @ v
+
+
+@refused("scores are also used by `clone`")
+def scores_kept_for_somebody(q, k, v):
+    scores = q @ k.mT * D**-0.5
+    return scores.softmax(-1) @ v, scores.clone()
+
+
+@refused("scores are also used")
+def scores_kept_and_written(q, k, v):
+    scores = q @ k.mT * D**-0.5
+    kept = scores.clone()
+    kept.mul_(2.0)
+    return scores.softmax(-1) @ v
+
+
+@refused("modified in place")
+def scores_written_in_part(q, k, v, bias):
+    scores = q @ k.mT * D**-0.5
+    scores[:, :, 1:, 1:] = scores[:, :, 1:, 1:] + bias[:, 1:, 1:]
+    return scores.softmax(-1) @ v
+
+
+@refused("no rule reads", shapes={"heads": (H, H, 1, 1)})
+def talking_heads_after_softmax(q, k, v, heads):
+    return F.conv2d((q @ k.mT * D**-0.5).softmax(-1), heads) @ v
+
+
+@refused("no rule reads `conv2d`", shapes={"heads": (H, H, 1, 1)})
+def talking_heads_before_softmax(q, k, v, heads):
+    return F.conv2d(q @ k.mT * D**-0.5, heads).softmax(-1) @ v
 
 
 @refused("dropped out twice", random=True)

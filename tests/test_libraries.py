@@ -1,0 +1,159 @@
+"""Unmodified models of other libraries: each attention is fused, or left alone for a known reason, and the answers are
+as right as eager's."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from attn_rewriter import Backend, Device, Options, Report
+from attn_rewriter.api import compile_in_place
+from tests.accuracy import assert_as_accurate
+from tests.libraries import MODELS, Model
+from tests.models import NothingNarrowed
+
+models = pytest.mark.parametrize("name", list(MODELS))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    """Nothing compiled yet, and one thread: these models are too small for more."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    torch._dynamo.reset()
+    torch.set_num_threads(n_threads)
+
+
+def build(model: Model, dtype: torch.dtype) -> nn.Module:
+    """The same random weights in every type, exact in all of them: none zero, and no softmax near uniform."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        built = model.build()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in built.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim >= 2:
+                parameter.copy_(noise * (2 / parameter[0].numel()) ** 0.5)
+            else:
+                parameter.add_(noise * 0.1)
+    return built.bfloat16().to(dtype).train(model.training)
+
+
+def inputs(model: Model, dtype: torch.dtype) -> list[dict[str, Any]]:
+    def convert(x: Any) -> Any:
+        return x.bfloat16().to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+    return [tree_map(convert, model.inputs(torch.Generator().manual_seed(1 + i))) for i in range(model.draws)]
+
+
+def outputs(result: Any) -> list[torch.Tensor]:
+    """The tensors that a model returns, in a tuple, a dictionary or an output class."""
+    held = dict(result) if isinstance(result, dict) else result
+    return [x for x in tree_leaves(held) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+
+
+def run(built: nn.Module, draws: list[dict[str, Any]], *, training: bool) -> dict[str, dict[str, torch.Tensor]]:
+    """Outputs, and in training the gradients of a module's parameters together, the draws stacked."""
+    results = [_step(built, given, training) for given in draws]
+    return {
+        kind: {key: torch.stack([r[kind][key] for r in results]) for key in results[0][kind]} for kind in results[0]
+    }
+
+
+def _step(built: nn.Module, given: dict[str, Any], training: bool) -> dict[str, dict[str, torch.Tensor]]:
+    built.zero_grad()
+    with torch.set_grad_enabled(training):
+        found = outputs(built(**given))
+    gradients = {}
+    if training:
+        torch.stack([(x.double() * _cotangent(x)).sum() for x in found]).sum().backward()
+        for name, module in built.named_modules():
+            held = [p.grad.flatten() for p in module.parameters(recurse=False) if p.grad is not None and p.ndim]
+            if held:
+                gradients[name] = torch.cat(held)
+    return {"outputs": {str(i): x.detach() for i, x in enumerate(found)}, "gradients": gradients}
+
+
+def _cotangent(x: torch.Tensor) -> torch.Tensor:
+    """A random gradient for an output, exact in every type."""
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).bfloat16().double()
+
+
+def compiled(built: nn.Module, model: Model, compiler: str = "eager") -> Backend:
+    """Compile in place, as if for another device where none of the CPU's kernels can compute the model."""
+    imagined = None if model.device is None else Device.parse(model.device)
+    kernel = "auto" if imagined is None else ["sdpa", "flex"]
+    backend = Backend(Options(kernel, compiler=compiler, strict=True), device=imagined)
+    compile_in_place(built, backend)
+    return backend
+
+
+def assert_read(report: Report, model: Model) -> None:
+    """Every site is fused, and computes what the table says; or is refused for the reason there."""
+    fused = Counter(str(site.spec) for site in report.sites if site.kernel is not None)
+    assert fused == model.fused, report
+    reasons = ["; ".join(refusal.reason for refusal in site.refusals) for site in report.sites if site.kernel is None]
+    assert len(reasons) == sum(model.refused.values()), report
+    for reason, n in model.refused.items():
+        assert sum(reason in said for said in reasons) == n, report
+
+
+@models
+def test_training(name: str) -> None:
+    model = MODELS[name]
+    built = build(model, torch.float32)
+    eager = run(built, inputs(model, torch.float32), training=True)
+    backend = compiled(built, model)
+    fused = run(built, inputs(model, torch.float32), training=True)
+    assert_read(backend.report, model)
+    with NothingNarrowed():
+        truth = run(build(model, torch.float64), inputs(model, torch.float64), training=True)
+    assert_as_accurate(fused, eager, truth)
+
+
+@models
+def test_bfloat16(name: str) -> None:
+    model = MODELS[name]
+    built = build(model, torch.bfloat16)
+    try:
+        eager = run(built, inputs(model, torch.bfloat16), training=False)
+    except RuntimeError as error:
+        pytest.skip(f"eager raises: {error}")
+    backend = compiled(built, model)
+    fused = run(built, inputs(model, torch.bfloat16), training=False)
+    with NothingNarrowed():
+        truth = run(build(model, torch.float64), inputs(model, torch.float64), training=False)
+    assert_as_accurate(fused, eager, truth)
+    if name not in NATIVE:
+        assert_read(backend.report, model)
+
+
+NATIVE = {"torch-encoder"}  # in inference PyTorch runs its own fused operator, which is left alone
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["diffusers-dit", "timm-swin", "x_transformers-decoder_masked", "vit_pytorch-simple_vit", "torch-decoder"],
+)
+def test_inductor(name: str) -> None:
+    model = MODELS[name]
+    built = build(model, torch.float32)
+    eager = run(built, inputs(model, torch.float32), training=True)
+    backend = compiled(built, model, "inductor")
+    fused = run(built, inputs(model, torch.float32), training=True)
+    assert_read(backend.report, model)
+    with NothingNarrowed():
+        truth = run(build(model, torch.float64), inputs(model, torch.float64), training=True)
+    assert_as_accurate(fused, eager, truth)
