@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from attn_rewriter.errors import Refusal, Refused, refuse
 from attn_rewriter.find import Site
-from attn_rewriter.graph import Call, Facts, describe_node, is_inplace, looks_at_shape_only, shape, tensor
+from attn_rewriter.graph import Call, Facts, describe_node, is_inplace, is_pure, looks_at_shape_only, shape, tensor
 from attn_rewriter.patterns.axes import Atom, Dim, Dims, backward, extent, fresh, leaves
 from attn_rewriter.patterns.masks import MaskReader
 from attn_rewriter.patterns.match import Matcher
@@ -301,7 +302,7 @@ class _Reading:
                 refuse("describe", f"{describe_node(node)} writes into a tensor from outside of the attention", node)
         for node in (*late, *early):
             for user in node.users:
-                if user not in inside and not looks_at_shape_only(user):
+                if user not in inside and not looks_at_shape_only(user, node):
                     what = "weights" if node in late else "scores"
                     how = "returned" if user.op == "output" else f"used by {describe_node(user)}"
                     refuse("describe", f"the attention {what} are also {how}", user)
@@ -438,10 +439,23 @@ class _Reading:
         """Weights may be set to zero after the softmax where the scores were masked before it."""
         operand = self.operands.pop(name).origin
         read = self.reader.boolean(operand.node, operand.dims)
-        kept = read if step.keep else ~read
-        before = conjunction(self.kept)
+        kept, before = read if step.keep else ~read, conjunction(self.kept)
+        kept, before = (p.rename({held: self._meaning(*held) for held in p.tensors()}) for p in (kept, before))  # type: ignore[misc]
         if conjunction((before, kept)) != before:
             refuse("describe", "weights are set to zero after the softmax that were not masked before", operand.node)
+
+    def _meaning(self, node: Node, dims: Dims) -> str:
+        """The same for two tensors with the same elements, such as `mask == 0` where it is computed twice."""
+        known: dict[Node, str] = {}
+
+        def spelled(node: Node) -> str:
+            if node not in known:
+                known[node] = node.name
+                if is_pure(node) and self.facts.unchanged(node):
+                    known[node] = f"{node.target}{map_arg((node.args, node.kwargs), spelled)}"
+            return known[node]
+
+        return f"{spelled(node)} {dims}"
 
     def _check_after_mask(self, modifier: Modifier) -> None:
         """What is done to scores after they were masked must leave the masked ones so low that nobody attends."""

@@ -350,12 +350,19 @@ _SHAPE_ONLY = {"full_like", "zeros_like", "ones_like", "new_full", "new_zeros", 
 _SELECTING = {"reshape", "permute", "expand", "getitem"}
 
 
-def looks_at_shape_only(node: Node) -> bool:
-    """Whether a node takes nothing from its input but shape and type, as `torch.ones_like(scores[0, 0])` does."""
+_LIKE_ANOTHER = {"reshape_as", "view_as", "expand_as", "type_as"}
+
+
+def looks_at_shape_only(node: Node, value: Node) -> bool:
+    """Whether a node takes nothing from a value but shape and type, as `torch.ones_like(scores[0, 0])` does."""
     found = call(node)
+    if _name(node) in _LIKE_ANOTHER and node.args[0] is not value:
+        return True
     if found is None or is_inplace(node):
         return node.op == "call_method" and node.target == "size"
-    return found.name in _SHAPE_ONLY or (found.name in _SELECTING and all(map(looks_at_shape_only, node.users)))
+    return found.name in _SHAPE_ONLY or (
+        found.name in _SELECTING and all(looks_at_shape_only(user, node) for user in node.users)
+    )
 
 
 def _written(node: Node, modules: dict[str, Any]) -> list[Node]:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from attn_rewriter.errors import Refused
 from attn_rewriter.graph import Call, tensor
 from attn_rewriter.patterns.match import Matcher, Pattern, argument, exp, logsumexp, softmax, summed, tensor_
 
@@ -38,14 +37,11 @@ def read_softmax(node: Node, call: Call | None, matcher: Matcher) -> Softmax | N
     """Read a softmax that ends at `node`; None for anything else."""
     if call is None or call.name not in ("softmax", "div", "exp"):
         return None
-    try:
-        for pattern, sink in _SPELLINGS:
-            for bound in matcher.operation(pattern, node, {}):
-                dim = _one_axis(bound["dim"], bound["score"])
-                if dim is not None and bound.get("keepdim", True):
-                    return Softmax(bound["score"], dim, tuple(dict.fromkeys(bound["nodes"])), sink)
-    except Refused:  # something was written in between
-        pass
+    for pattern, sink in _SPELLINGS:
+        for bound in matcher.operation(pattern, node, {}):
+            dim = _one_axis(bound["dim"], bound["score"])
+            if dim is not None and bound.get("keepdim", True):
+                return Softmax(bound["score"], dim, tuple(dict.fromkeys(bound["nodes"])), sink)
     return None
 
 
