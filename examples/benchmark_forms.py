@@ -41,13 +41,19 @@ class Form:
     kv_heads: int | None = None
     extra: Callable[..., dict[str, torch.Tensor]] = field(default=lambda form, device: {})
 
-    def inputs(self, device: str) -> dict[str, torch.Tensor]:
+    def inputs(self, device: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+        """The arguments of the form; queries, keys and values as models have them, heads after positions in memory."""
+
         def draw(heads: int) -> torch.Tensor:
             shape = (self.batch, self.length, heads, self.head_dim)
-            return torch.randn(shape, dtype=torch.bfloat16, device=device).transpose(1, 2).requires_grad_()
+            return torch.randn(shape, dtype=dtype, device=device).transpose(1, 2).requires_grad_()
 
         kv_heads = self.kv_heads or self.heads
-        return {"q": draw(self.heads), "k": draw(kv_heads), "v": draw(kv_heads), **self.extra(self, device)}
+        extra = {
+            name: x.detach().to(dtype).requires_grad_(x.requires_grad) if x.is_floating_point() else x
+            for name, x in self.extra(self, device).items()
+        }
+        return {"q": draw(self.heads), "k": draw(kv_heads), "v": draw(kv_heads), **extra}
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **extra: torch.Tensor) -> torch.Tensor:
         if self.kv_heads:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
 import attn_rewriter
+from examples.benchmark_forms import FORMS, Form
 from tests.accuracy import assert_as_accurate
-from tests.running import joined, rewritten, truth, with_gradients
+from tests.running import Exact, double, joined, rewritten, truth, with_gradients
 from tests.spellings import SPELLINGS, Spelling
 
 pytestmark = [
@@ -50,6 +54,32 @@ def test_flex(spelling: Spelling, dtype: torch.dtype) -> None:
     fused = joined(with_gradients(function, inputs) for inputs in draws)
     assert [site.kernel for site in report().sites] == ["flex"]
     assert_as_accurate(fused, eager, joined(truth(spelling.function, inputs) for inputs in draws))
+
+
+BLOCKED = ("causal, padding", "mask tensor", "window 512", "softcap, causal", "learned bias, causal")
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize(
+    "name", ["causal, padding", "mask tensor", "window 512", "softcap, causal", "learned bias, causal"]
+)
+def test_flex_at_many_blocks(name: str, head_dim: int, dtype: torch.dtype, mode: str) -> None:
+    """Several batches of several blocks: what a block mask says of one is not read for another."""
+    form = Form(FORMS[name].score, 3, 4, 640, head_dim, 2, FORMS[name].extra)
+    inputs = form.inputs("cuda", dtype)
+    function = attn_rewriter.optimize(form.__call__, kernel="flex")
+
+    def run(function: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+        if mode == "training":
+            return with_gradients(lambda *values: function(**dict(zip(inputs, values))), [*inputs.values()])
+        with torch.no_grad():
+            return function(**inputs)
+
+    with Exact():
+        exact = run(form, dict(zip(inputs, double([*inputs.values()]))))
+    assert_as_accurate(run(function, inputs), run(form, inputs), exact)
 
 
 # Realistic sizes, so that cuDNN, flash and memory-efficient attention are taken, each with rows without any key.

@@ -97,7 +97,7 @@ class Flex(Kernel):
             names,
             scale,
             shapes.needs_backward or spec.sinks is not None,
-            _tuned(spec, shapes, device),
+            shapes.dtype != torch.float32,
         )
         small = device.type == "cuda" and min(shapes.head_dim, shapes.head_dim_v) < _MIN_HEAD_DIM
         if small:
@@ -114,9 +114,32 @@ class Flex(Kernel):
         return output
 
 
-def _tuned(spec: AttentionSpec, shapes: Shapes, device: Device) -> tuple[tuple[str, Any], ...]:
-    """Options of the Triton kernels where PyTorch's own choice (`FlexKernelOptions`) is a bad one."""
-    return ()
+def _tuned(query: torch.Tensor, value: torch.Tensor, captured: Sequence[torch.Tensor]) -> dict[str, Any]:
+    """Options of the Triton kernels (`FlexKernelOptions`) where PyTorch's own choice is a bad one.
+
+    It does not count what the tiles of masks and biases take of the shared memory, for each stage of the pipeline: too
+    much, and there is no kernel. On an H200, two stages are enough for two of them, one for four, at all head dims.
+    """
+    if query.device.type != "cuda":
+        return {}
+    capability = torch.cuda.get_device_capability(query.device)
+    head_dim = max(query.size(-1), value.size(-1))
+    tiles = sum(1 for x in captured if x.ndim > 1 and x.size(-1) != 1 and x.size(-2) != 1)
+    if tiles or (head_dim > 128 and head_dim & (head_dim - 1)):
+        return {"num_stages": 2 if tiles <= 2 and capability in _LARGE_SHARED_MEMORY else 1}
+    if head_dim > 128 and query.element_size() == 2 and capability == (9, 0):
+        forward = {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_stages": 2, "fwd_num_warps": 8}
+        return {**forward, "bwd_num_stages": 2, "bwd_num_warps": 8}
+    return {}
+
+
+_LARGE_SHARED_MEMORY = {(8, 0), (9, 0), (10, 0), (10, 3)}
+
+
+def _capped(score: torch.Tensor, cap: float, *, fast: bool) -> torch.Tensor:
+    """`cap * tanh(score / cap)`; the fast way is exact to a rounding unit of `cap` in float32, which is far below the
+    rounding of scores in half precision. CUDA's own tanh takes as long as the products around it."""
+    return cap * (2 * torch.sigmoid(score * (2 / cap)) - 1) if fast else cap * torch.tanh(score / cap)
 
 
 def _names(modifier: Modifier) -> list[str]:
@@ -128,14 +151,17 @@ def _names(modifier: Modifier) -> list[str]:
 
 @torch.library.custom_op("attn_rewriter::in_memory", mutates_args=())
 def _in_memory(x: torch.Tensor) -> torch.Tensor:
-    """A copy. Inductor's C++ template fails on a captured tensor that it would compute where it is read (2.13); what
-    an operator returns that it does not know is computed before."""
-    return x.clone()
+    """A contiguous copy that Inductor knows nothing about, for two faults of its templates (2.11 to 2.13).
+
+    The Triton template takes a block mask to be contiguous, and reads past its end where Inductor gave a dimension of
+    one element another stride. The C++ template fails on a captured tensor that would be computed where it is read.
+    """
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 @_in_memory.register_fake
 def _(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(x)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 class _Node:
@@ -171,7 +197,7 @@ class _Blocks(_Node):
             return holds(self.keep, tensors, b, h, q, k)
 
         blocks = create_block_mask(mask_mod, batch, num_heads, q_len, kv_len, device, _BLOCK)
-        return tuple(getattr(blocks, name) for name in _TENSORS)
+        return tuple(_in_memory(getattr(blocks, name)) for name in _TENSORS)
 
 
 # In the order in which `BlockMask` takes them.
@@ -190,7 +216,7 @@ class _Attend(_Node):
     names: tuple[str, ...]
     scale: float
     logsumexp: bool
-    tuned: tuple[tuple[str, Any], ...] = ()
+    half: bool
     __name__ = "flex_attention"
 
     def run(
@@ -222,7 +248,7 @@ class _Attend(_Node):
             "WRITE_DQ": True,
             "OUTPUT_LOGSUMEXP": self.logsumexp,
             "OUTPUT_MAX": False,
-            **dict(self.tuned),
+            **_tuned(query, value, (*buffers, *masks)),
         }
         output, logsumexp, _ = operator(
             query, key, value, self.score_mod, block_mask.as_tuple(), self.scale, options, buffers, masks
@@ -252,7 +278,7 @@ class _Attend(_Node):
                 case Bias(name, factor):
                     score = score + (tensors[str(name)] if factor == 1 else factor * tensors[str(name)])
                 case Softcap(cap):
-                    score = cap * torch.tanh(score / cap)
+                    score = _capped(score, cap, fast=self.half)
                 case Clamp(lower, upper):
                     score = torch.clamp(score, lower, upper)
         return score
