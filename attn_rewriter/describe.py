@@ -422,6 +422,8 @@ class _Reading:
             match step:
                 case Dropout(p):
                     dropouts.append(p)
+                case ScaleBy() if name is None:
+                    gates.append(step)
                 case ScaleBy():
                     origin = self.operands[str(name)].origin
                     if any(atom.axis == "key" for atom in origin.atoms):
@@ -477,7 +479,7 @@ class _Reading:
                 return self._score_operand("zeroed", step.condition, dims)
             case Bias(tensor=node):
                 return self._score_operand("bias", node, dims)  # type: ignore[arg-type]
-            case ScaleBy():
+            case ScaleBy(factor=Node()):
                 return self._score_operand("scale", step.factor, dims)  # type: ignore[arg-type]
         return None
 

@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from attn_rewriter.choose import Request, choose
 from attn_rewriter.describe import describe
 from attn_rewriter.device import Device
+from attn_rewriter.distribute import distribute
 from attn_rewriter.emit import emit
 from attn_rewriter.errors import KernelUnavailable, Refusal, RewriteError
 from attn_rewriter.find import Site, find
@@ -60,7 +61,9 @@ def _graphs(gm: GraphModule) -> Iterator[Facts]:
         facts = queue.pop()
         opened = lower(facts)
         if erase_unused(facts.graph) or opened:
-            facts = Facts(facts.graph, facts.modules, facts.outer, facts.caller, facts.single)
+            facts = replace(facts)
+        if distribute(facts):
+            facts = replace(facts)
         queue += facts.bodies()
         yield facts
 

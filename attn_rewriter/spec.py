@@ -492,7 +492,7 @@ class ScaleBy:
     per_key: bool = False
 
     def apply(self, x: Any, tensors: Any) -> Any:
-        factor = tensors[self.factor]
+        factor = tensors[self.factor] if isinstance(self.factor, str) else self.factor
         return x / factor if self.inverse else x * factor
 
     def __str__(self) -> str:

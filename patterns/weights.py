@@ -57,9 +57,9 @@ def without_sinks(weight: Node, index: Any) -> Any:
     return (weight, Column(0)) if last.start == 1 and last.stop is None else None
 
 
-@weights(weight * other)
-def gated(weight: Node, other: Node) -> Any:
-    """Head masks, and gates a head or a query."""
+@weights(weight * other, weight * number("other"))
+def gated(weight: Node, other: Node | float) -> Any:
+    """Head masks, and gates a head or a query; a number in differential attention."""
     return weight, ScaleBy(other)
 
 

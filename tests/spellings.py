@@ -43,6 +43,7 @@ class Spelling:
     num_kv_heads: int | None = None
     random: bool = False
     impossible: tuple[str, ...] = ()  # the kernels that can't compute it
+    n_sites: int = 1
 
     @property
     def name(self) -> str:
@@ -846,6 +847,26 @@ def zero_after_softmax(q, k, v, padding):
 def nan_to_num_after_softmax(q, k, v):
     mask = torch.full((S, S), float("-inf"), device=q.device).triu(1)
     return torch.nan_to_num((q @ k.mT * D**-0.5 + mask).softmax(-1), nan=0.0) @ v
+
+
+@spelling(f"{SCALE}, gate")
+def weights_scaled(q, k, v):
+    return (0.5 * (q @ k.mT * D**-0.5).softmax(-1)) @ v
+
+
+TWICE = dict.fromkeys(("q2", "k2"), (B, H, S, D))
+
+
+@spelling(SCALE, shapes=TWICE, n_sites=2)
+def sum_of_attentions(q, k, q2, k2, v):
+    return ((q @ k.mT * D**-0.5).softmax(-1) + (q2 @ k2.mT * D**-0.5).softmax(-1)) @ v
+
+
+@spelling(f"{SCALE}, causal, gate", shapes={**TWICE, "lamb": (1,)}, n_sites=2)
+def differential_attention(q, k, q2, k2, v, lamb):
+    mask = torch.full((S, S), float("-inf"), device=q.device).triu(1)
+    first, second = ((a @ b.mT * D**-0.5 + mask).softmax(-1, dtype=torch.float32) for a, b in ((q, k), (q2, k2)))
+    return (first * (1 - lamb) - lamb * second).to(v.dtype) @ v
 
 
 # -- sums of biases, factors ----------------------------------------------------------------------------------------
