@@ -349,10 +349,14 @@ class _Reading:
         layout = self._layout(batch, named)
         prescaled = self.operands["query"].origin.scale * self.operands["key"].origin.scale
         modifiers: list[Modifier] = [Scale(prescaled)]
+        shifted = False
         for (step, dims), name in zip(steps, names):
             modifier = self._modifier(step, dims, name, score_dtype)
             if modifier is None:
+                shifted = shifted or isinstance(step, Shift)
                 continue
+            if shifted and (isinstance(modifier, (Softcap, Clamp)) or getattr(modifier, "per_key", False)):
+                refuse("describe", f"scores go through {modifier} after they were shifted", self.site.anchor)
             if any(isinstance(earlier, Mask) for earlier in modifiers):
                 self._check_after_mask(modifier)
             modifiers = _followed_by(modifiers, modifier)

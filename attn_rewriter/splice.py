@@ -9,6 +9,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 from torch.utils._sympy.interp import sympy_interp
@@ -118,11 +119,11 @@ class Splice:
 
 def run(node: Node, mode: Any, value_of: Callable[[Node], Any] = lambda node: node.meta["example_value"]) -> Any:
     """A node's result on the fake values of its arguments, under their fake mode. A function may have a `fake` of its
-    own."""
+    own. (Some operations take symbolic sizes only in Python.)"""
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), value_of)
     target: Any = getattr(torch.Tensor, str(node.target)) if node.op == "call_method" else node.target
     target = getattr(target, "fake", target)
-    with mode or nullcontext():
+    with mode or nullcontext(), enable_python_dispatcher():
         return target(*args, **kwargs)
 
 

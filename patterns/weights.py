@@ -63,7 +63,7 @@ def gated(weight: Node, other: Node | float) -> Any:
     return weight, ScaleBy(other)
 
 
-@weights(masked_fill(weight, condition, 0))
+@weights(masked_fill(weight, condition, 0), where(condition, 0, weight))
 def zeroed(weight: Node, condition: Node) -> Any:
     """CPM-Ant, FastSpeech2-Conformer: after the softmax what was masked before it is set to zero again."""
     return weight, Zeroed(condition)

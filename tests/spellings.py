@@ -818,6 +818,12 @@ def softcap_after_mask(q, k, v):
     return torch.tanh((q @ k.mT).masked_fill(torch.ones(S, S, device=q.device).triu(1).bool(), -1e9)).softmax(-1) @ v
 
 
+@refused("softcap 1 after they were shifted")
+def maximum_subtracted_before_softcap(q, k, v):
+    scores = q @ k.mT * D**-0.5
+    return torch.tanh(scores - scores.max(dim=-1, keepdim=True).values).softmax(-1) @ v
+
+
 # -- what the weights go through ------------------------------------------------------------------------------------
 
 

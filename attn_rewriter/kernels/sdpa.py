@@ -54,7 +54,7 @@ class SDPA(Kernel):
         if keep is not None:
             # A finite number, so that a row in which every key is masked stays finite; half of the lowest, because
             # kernels multiply by log2(e) before they exponentiate.
-            attn_mask = keep if plain else torch.where(keep, 0.0 if bias is None else bias, _low(shapes))
+            attn_mask = keep if plain else torch.where(keep, key.new_zeros(()) if bias is None else bias, _low(shapes))
         if spec.sinks is not None:
             attn_mask, key, value = _with_sinks(spec.sinks, attn_mask, key, value, shapes, tensors)
         repeated = shapes.is_gqa and not self._takes_gqa(shapes, device, attn_mask is not None)
