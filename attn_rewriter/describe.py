@@ -97,6 +97,7 @@ def describe(site: Site, facts: Facts) -> Description | Refusal:
 
 
 Steps = tuple[tuple[Any, Dims], ...]
+_PRODUCT = ("query", "key", "value")
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,7 @@ class _Reading:
 
     def _before_softmax(self, found: Product, value: Factor, dims: dict[Any, Dim], after: _Chain) -> Description:
         assert self.site.softmax is not None
+        self.depth = -1
         for before in self._walk(self.site.softmax.input, after.dims, scores, self._is_product):
             scored = product(before.node, self.facts.call(before.node), self.reader.constant)
             assert scored is not None
@@ -363,7 +365,7 @@ class _Reading:
         dropout_p, gates, zeroed = self._after_softmax(after, late_names)
         spec = AttentionSpec(tuple(m for m in modifiers if m != Scale(1.0)), dropout_p, sinks, gates, zeroed)
         operands = {
-            name: operand.best(layout.of(name), broadcast=name not in ("query", "key", "value"))
+            name: operand.best(layout.of(name), broadcast=name not in _PRODUCT)
             for name, operand in self.operands.items()
         }
         for name, state in operands.items():
@@ -561,13 +563,15 @@ class _Reading:
         used = {"query": score_dtype, "key": score_dtype, "value": output.dtype}
         if self.site.kind == "sdpa" and self.facts.autocast(self.site.output, output.device.type) is not None:
             used |= dict.fromkeys(spec.numeric, output.dtype)
-        dtypes = [output.dtype]
+        dtypes: list[torch.dtype] = [output.dtype]
+        wide: list[torch.dtype] = []
         for name, state in operands.items():
             if state.dtype is not None and (name in used or name in spec.numeric):
                 narrower = name in used and torch.promote_types(state.dtype, used[name]) != used[name]
-                dtypes.append(used[name] if narrower else state.dtype)
-        if not all(dtype.is_floating_point for dtype in dtypes):
+                (dtypes if name in _PRODUCT else wide).append(used[name] if narrower else state.dtype)
+        if not all(dtype.is_floating_point for dtype in (*dtypes, *wide)):
             refuse("describe", "an operand is not a floating-point tensor", self.site.output)
+        product_dtype = reduce(torch.promote_types, dtypes)
         return Shapes(
             batch=extent(leaves(layout.batch)),
             num_heads=extent(leaves(layout.head)),
@@ -576,7 +580,8 @@ class _Reading:
             kv_len=extent(leaves(layout.key)),
             head_dim=extent(leaves(layout.head_dim)),
             head_dim_v=extent(leaves(layout.head_dim_v)),
-            dtype=reduce(torch.promote_types, dtypes),
+            dtype=reduce(torch.promote_types, wide, product_dtype),
+            product_dtype=product_dtype,
             needs_backward=output.requires_grad,
         )
 

@@ -624,7 +624,11 @@ class AttentionSpec:
 
 @dataclass(frozen=True)
 class Shapes:
-    """The sizes and types a site is used with; what a kernel needs besides the spec to say whether it can run."""
+    """The sizes and types a site is used with; what a kernel needs besides the spec to say whether it can run.
+
+    `dtype` is the type that holds all operands, `product_dtype` that of query, key and value where biases are wider
+    than they (None: the same).
+    """
 
     batch: Size
     num_heads: Size
@@ -635,6 +639,7 @@ class Shapes:
     head_dim_v: Size
     dtype: torch.dtype
     needs_backward: bool = False
+    product_dtype: torch.dtype | None = None
 
     @property
     def num_groups(self) -> Size:

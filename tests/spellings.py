@@ -356,6 +356,12 @@ def trivial_mask(q, k, v):
     return (q @ k.mT * D**-0.5).masked_fill(torch.arange(S, device=q.device) >= S, float("-inf")).softmax(-1) @ v
 
 
+@spelling(f"{SCALE}, bias")
+def wide_bias(q, k, v, bias):
+    scores = q @ k.mT * D**-0.5 + bias.double().float() * 1.5
+    return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+
+
 # -- layouts --------------------------------------------------------------------------------------------------------
 
 

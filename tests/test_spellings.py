@@ -53,14 +53,18 @@ def test_result_and_gradients(spelling: Spelling, kernel: str, device: str | Non
     )
 
 
+@pytest.mark.parametrize("device", [None, "sm_90"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("spelling", [s for s in SPELLINGS if not s.random], ids=lambda s: s.name)
-def test_other_types(spelling: Spelling, dtype: torch.dtype) -> None:
+def test_other_types(spelling: Spelling, dtype: torch.dtype, device: str | None) -> None:
+    """On CPU, and with FlexAttention as if for a GPU."""
     draws = [spelling.inputs(dtype, seed) for seed in range(DRAWS)]
     try:
         eager = joined(spelling.function(*inputs) for inputs in draws)
     except RuntimeError as error:
         pytest.skip(f"eager raises: {error}")
-    function, _ = rewritten(spelling.function)
+    function, _ = rewritten(
+        spelling.function, device=device, kernel="auto" if device is None else ["flex", "reference"]
+    )
     fused = joined(function(*inputs) for inputs in draws)
     assert_as_accurate(fused, eager, joined(truth(spelling.function, inputs)[0] for inputs in draws))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ class Flex(Kernel):
     )
 
     def refusals(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> list[str]:
-        reasons = super().refusals(spec, shapes, device)
+        reasons = super().refusals(spec, replace(shapes, dtype=shapes.product_dtype or shapes.dtype), device)
         if spec.dropout_p:
             reasons.append("has no dropout")
         if not all(isinstance(n, int) for n in (shapes.num_heads, shapes.head_dim, shapes.head_dim_v)):
@@ -73,11 +73,14 @@ class Flex(Kernel):
 
     def attend(self, spec: AttentionSpec, shapes: Shapes, device: Device, tensors: Tensors) -> torch.Tensor:
         query, key, value = tensors["query"], tensors["key"], tensors["value"]
+        dtype = shapes.product_dtype or shapes.dtype
+        if dtype != shapes.dtype:  # biases are added in float32 whatever their type, as MPT's in float32
+            query, key, value = (x.to(dtype) for x in (query, key, value))
         scale, modifiers = 1.0, [m for m in spec.modifiers if isinstance(m, (Scale, ScaleBy, Bias, Softcap, Clamp))]
         while modifiers and (first := modifiers[0]):  # what is linear in the query goes there
             if isinstance(first, Scale):
                 scale *= first.factor
-            elif isinstance(first, ScaleBy) and not first.per_key:
+            elif isinstance(first, ScaleBy) and not first.per_key and dtype == shapes.dtype:
                 query = first.apply(query, tensors)
             else:
                 break
@@ -97,7 +100,7 @@ class Flex(Kernel):
             names,
             scale,
             shapes.needs_backward or spec.sinks is not None,
-            shapes.dtype != torch.float32,
+            dtype != torch.float32,
         )
         small = device.type == "cuda" and min(shapes.head_dim, shapes.head_dim_v) < _MIN_HEAD_DIM
         if small:
@@ -110,7 +113,7 @@ class Flex(Kernel):
         if spec.sinks is not None:
             sinks = tensors[spec.sinks].squeeze(-1) if isinstance(spec.sinks, str) else spec.sinks
             share = torch.sigmoid(logsumexp * math.log(2) - sinks)  # of the keys in the weight
-            output = (output * share.unsqueeze(-1)).to(shapes.dtype)
+            output = (output * share.unsqueeze(-1)).to(dtype)
         return output
 
 
