@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.zoo", description=__doc__)
     parser.add_argument("names", nargs="*", help="model types (all)")
-    parser.add_argument("--jobs", type=int, default=1, help="processes at a time (1)")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time, at least one (1)")
     parser.add_argument("--timeout", type=float, default=240, help="seconds for one architecture (240)")
     parser.add_argument("--out", type=Path, default=HERE, help="where table.json and table.md go, and rows/")
     parser.add_argument("--fresh", action="store_true", help="run again what has a row from an earlier run")
@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="only what is read, in float32")
     parser.add_argument("--train", action="store_true", help="gradients as well, for the families in configs.TRAINED")
     options = parser.parse_args(argv)
+    options.jobs = max(1, options.jobs)
     unknown = set(options.names) - set(configs.all_types())
     if unknown:
         parser.error(f"unknown model types: {', '.join(sorted(unknown))}")

@@ -246,7 +246,7 @@ def relative(text: str) -> str:
 def check(name: str, base: bool = False, train: bool = False, quick: bool = False) -> Row:
     """Everything that is known of an architecture, as plain values; `quick`: only what is read, in float32."""
     started = time.perf_counter()
-    row: Row = {"name": name}
+    row: Row = {"name": name, "torch": torch.__version__}
     try:
         made, note = subjects(name, base)
     except Exception as failure:

@@ -68,7 +68,7 @@ def summary(rows: list[Row]) -> str:
 def markdown(rows: list[Row], versions: dict[str, str]) -> str:
     parts = [
         "# Every architecture of transformers",
-        "Written by `python -m tests.zoo` with " + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".",
+        f"Written by `python -m tests.zoo --train` with transformers {versions['transformers']} and {_torch(rows)}.",
         summary(rows),
         "## Architectures",
         "\n".join(
@@ -82,6 +82,12 @@ def markdown(rows: list[Row], versions: dict[str, str]) -> str:
         unread(rows),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _torch(rows: list[Row]) -> str:
+    """The versions of torch that the rows were made with."""
+    counted = Counter(row["torch"] for row in rows if "torch" in row).most_common()
+    return " and ".join(f"torch {version}" + (f" ({n} of them)" if len(counted) > 1 else "") for version, n in counted)
 
 
 def _line(row: Row) -> str:
