@@ -1,0 +1,51 @@
+"""Dynamic shapes: one compiled model over many lengths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from attn_rewriter import Backend, Device, Options
+from tests import models
+from tests.accuracy import assert_as_accurate
+from tests.running import Exact
+
+LENGTHS = (5, 6, 7, 9, 11, 12, 14, 17, 21, 26, 30, 33)
+
+
+def compilations(model: torch.nn.Module, backend: Any, calls: list[Any]) -> tuple[int, list[torch.Tensor]]:
+    """How many graphs were compiled for all lengths, and what the model gave for each."""
+    calls.clear()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        results = [compiled(**models.inputs("llama", length=length)).logits for length in LENGTHS]
+    return len(calls), results
+
+
+@pytest.mark.parametrize("device", [None, "sm_90"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "gpt_neox"])
+def test_no_more_recompilations_than_without(name: str, device: str | None) -> None:
+    calls: list[Any] = []
+
+    def compiler(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        calls.append(gm)
+        return gm
+
+    model = models.build(name, "eager")
+    plain, _ = compilations(model, compiler, calls)
+    kernel = "auto" if device is None else ["flex", "sdpa"]
+    imagined = None if device is None else Device.parse(device)
+    backend = Backend(Options(kernel, compiler=compiler, strict=True), device=imagined)
+    ours, results = compilations(model, backend, calls)
+    assert ours <= plain
+    assert {site.kernel for site in backend.report.sites} == {"sdpa" if device is None else "flex"}
+    for length, result in zip(LENGTHS, results):
+        given = models.inputs("llama", length=length)
+        with torch.no_grad():
+            eager = model(**given).logits
+            with Exact(), models.NothingNarrowed():
+                exact = models.build(name, "eager", torch.float64)(**given).logits
+        assert_as_accurate(result, eager, exact)
