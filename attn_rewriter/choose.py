@@ -13,8 +13,8 @@ from attn_rewriter.spec import EVERY_KEY, AttentionSpec, Band, Shapes
 
 Request = Union[str, Sequence[str]]
 
-FEW_QUERIES = 128
-"""Less than a block of FlexAttention."""
+FEW_QUERIES, SHORT = 127, 512
+"""Less than a block of FlexAttention, and a few of them."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,15 @@ def order(spec: AttentionSpec, shapes: Shapes, device: Device) -> tuple[str, ...
     """The kernels to try in automatic mode, the preferred one first.
 
     SDPA's kernels are the fastest where the scores are nothing but scaled and causal. On CUDA they read a mask or bias
-    whole, where FlexAttention leaves out what is masked; for a few queries there is nothing to leave out.
+    whole, where FlexAttention leaves out what is masked; for a few queries there is nothing to leave out, and up to a
+    few blocks of keys and no bias it takes longer to find out what (`examples/benchmark_forms.py`).
     """
     form = spec.affine()
-    plain = not isinstance(form, str) and not form.biases and spec.sinks is None
-    plain = plain and spec.keep.within(shapes.q_len, shapes.kv_len) in (EVERY_KEY, Band(None, 0))
-    few = isinstance(shapes.q_len, int) and shapes.q_len < FEW_QUERIES
+    if isinstance(form, str):
+        return ("sdpa", "flex")
+    unbiased = not form.biases and spec.sinks is None
+    plain = unbiased and spec.keep.within(shapes.q_len, shapes.kv_len) in (EVERY_KEY, Band(None, 0))
+    few = isinstance(shapes.q_len, int) and shapes.q_len <= (SHORT if unbiased else FEW_QUERIES)
     return ("sdpa", "flex") if plain or few or device.type != "cuda" else ("flex", "sdpa")
 
 

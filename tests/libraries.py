@@ -524,11 +524,11 @@ class DifferentialAttention(nn.Module):
 
 _X = floats(x=(2, 11, 32))
 WRITTEN = {
-    "gpt": Model(GPTAttention, _X, {f"{HEAD8}, inverted mask tensor [query, key]": 1}),
+    "gpt": Model(GPTAttention, _X, {f"{HEAD8}, causal": 1}),
     "einops": Model(EinopsAttention, both(_X, floats(context=(2, 5, 32))), {HEAD8: 1}),
     "latent_diffusion": Model(LatentAttention, floats(x=(2, 16, 4, 5)), {HEAD16: 1}),
     "latent_heads": Model(LatentHeadsAttention, _X, {"scale 0.2041, causal": 1}),
-    "differential": Model(DifferentialAttention, _X),  # no softmax has a product of its own
+    "differential": Model(DifferentialAttention, _X, {HEAD8: 1, f"{HEAD8}, gate": 1}),
 }
 
 MODELS = {
