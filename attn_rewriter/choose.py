@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Union
 
+import torch
+
 from attn_rewriter.device import Device
 from attn_rewriter.errors import KernelUnavailable, Refusal
 from attn_rewriter.kernels import KERNELS, Kernel
@@ -30,7 +32,8 @@ def order(spec: AttentionSpec, shapes: Shapes, device: Device) -> tuple[str, ...
 
     SDPA's kernels are the fastest where the scores are nothing but scaled and causal. On CUDA they read a mask or bias
     whole, where FlexAttention leaves out what is masked; for a few queries there is nothing to leave out, and up to a
-    few blocks of keys and no bias it takes longer to find out what (`examples/benchmark_forms.py`).
+    few blocks of keys and no bias it takes longer to find out what (`examples/benchmark_forms.py`). In float32 its
+    backward pass has tiles of 16, whatever the card.
     """
     form = spec.affine()
     if isinstance(form, str):
@@ -38,7 +41,8 @@ def order(spec: AttentionSpec, shapes: Shapes, device: Device) -> tuple[str, ...
     unbiased = not form.biases and spec.sinks is None
     plain = unbiased and spec.keep.within(shapes.q_len, shapes.kv_len) in (EVERY_KEY, Band(None, 0))
     few = isinstance(shapes.q_len, int) and shapes.q_len <= (SHORT if unbiased else FEW_QUERIES)
-    return ("sdpa", "flex") if plain or few or device.type != "cuda" else ("flex", "sdpa")
+    wide = (shapes.product_dtype or shapes.dtype) == torch.float32
+    return ("sdpa", "flex") if plain or few or wide or device.type != "cuda" else ("flex", "sdpa")
 
 
 def requested(kernel: Request) -> tuple[str, ...] | None:

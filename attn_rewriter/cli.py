@@ -17,18 +17,21 @@ from attn_rewriter.choose import Choice, choose, order
 from attn_rewriter.device import Device
 from attn_rewriter.kernels import KERNELS
 from attn_rewriter.patching import patch
-from attn_rewriter.spec import AttentionSpec, Band, Bias, Mask, Scale, Shapes, TensorMask
+from attn_rewriter.spec import AttentionSpec, Band, Bias, Mask, Scale, Shapes, Softcap, TensorMask
 
 _PACKAGES = ("torch", "triton", "transformers", "flash-attn", "flash-attn-3", "flash-attn-4", "attn-rewriter")
 
 _CAUSAL = AttentionSpec((Scale(128**-0.5), Mask(None, Band(None, 0), "keep")))
 _PADDED = AttentionSpec((Scale(128**-0.5), Mask("mask0", TensorMask("mask0", ("batch", "key")), "keep")))
+_CAPPED = AttentionSpec((Scale(256**-0.5), Softcap(50.0), Mask(None, Band(None, 0), "keep")))
 _BIASED = AttentionSpec((Scale(128**-0.5), Bias("bias0")))
 _SITUATIONS = (
     ("prefill, causal", _CAUSAL, Shapes(1, 32, 32, 4096, 4096, 128, 128, torch.bfloat16)),
     ("training, causal, GQA", _CAUSAL, Shapes(4, 32, 8, 4096, 4096, 128, 128, torch.bfloat16, True)),
     ("decode, one query", AttentionSpec((Scale(128**-0.5),)), Shapes(8, 32, 8, 1, 8192, 128, 128, torch.bfloat16)),
     ("encoder, key padding", _PADDED, Shapes(32, 12, 12, 512, 512, 64, 64, torch.float16)),
+    ("prefill, softcap", _CAPPED, Shapes(1, 8, 4, 4096, 4096, 256, 256, torch.bfloat16)),
+    ("training, softcap", _CAPPED, Shapes(1, 8, 4, 4096, 4096, 256, 256, torch.bfloat16, True)),
     ("bias, float32", _BIASED, Shapes(8, 12, 12, 512, 512, 64, 64, torch.float32)),
 )
 

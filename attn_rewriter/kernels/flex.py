@@ -49,7 +49,7 @@ class Flex(Kernel):
     needs_inductor = True
     limits = Limits(
         devices=frozenset({"cpu", "cuda"}),
-        min_capability=(7, 0),
+        min_capability=(8, 0),
         dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),
         max_blocks=2**16 - 1,
     )
@@ -121,7 +121,7 @@ def _tuned(query: torch.Tensor, value: torch.Tensor, captured: Sequence[torch.Te
     """Options of the Triton kernels (`FlexKernelOptions`) where PyTorch's own choice is a bad one.
 
     It does not count what the tiles of masks and biases take of the shared memory, for each stage of the pipeline: too
-    much, and there is no kernel. On an H200, two stages are enough for two of them, one for four, at all head dims.
+    much, and there is no kernel. On an H200 two stages fit with two of them, one with three, at all head dims.
     """
     if query.device.type != "cuda":
         return {}
@@ -236,7 +236,9 @@ class _Attend(_Node):
             x if isinstance(x, torch.Tensor) else query.new_full((1, 1, 1, 1), x, dtype=torch.float32) for x in captured
         )
         if query.device.type == "cpu" and not self.logsumexp:
-            masks, buffers = (tuple(_in_memory(x) for x in held) for held in (masks, buffers))
+            masks, buffers = (
+                tuple(_in_memory(x) if isinstance(x, torch.Tensor) else x for x in held) for held in (masks, buffers)
+            )
         if blocks is None:
             one = torch.ones(1, 1, 1, dtype=torch.int32, device=query.device)
             block_mask = BlockMask.from_kv_blocks(one, one.unsqueeze(-1) * 0, BLOCK_SIZE=_WHOLE, seq_lengths=(1, 1))
@@ -251,7 +253,7 @@ class _Attend(_Node):
             "WRITE_DQ": True,
             "OUTPUT_LOGSUMEXP": self.logsumexp,
             "OUTPUT_MAX": False,
-            **_tuned(query, value, (*buffers, *masks)),
+            **_tuned(query, value, [x for x in (*buffers, *masks) if isinstance(x, torch.Tensor)]),
         }
         output, logsumexp, _ = operator(
             query, key, value, self.score_mod, block_mask.as_tuple(), self.scale, options, buffers, masks
