@@ -49,3 +49,24 @@ def test_no_more_recompilations_than_without(name: str, device: str | None) -> N
             with Exact(), models.NothingNarrowed():
                 exact = models.build(name, "eager", torch.float64)(**given).logits
         assert_as_accurate(result, eager, exact)
+
+
+def test_softcap_of_any_length_on_cpu() -> None:
+    """FlexAttention as Inductor compiles it, with an offset that only the run knows."""
+
+    def attention(*projected: torch.Tensor) -> torch.Tensor:
+        q, k, v = (x.unflatten(-1, (3, 16)).transpose(1, 2) for x in projected)
+        i = torch.arange(q.shape[2], device=q.device) + (k.shape[2] - q.shape[2])
+        keep = torch.arange(k.shape[2], device=q.device)[None, :] <= i[:, None]
+        return (torch.tanh(q @ k.mT / 4) * 4).masked_fill(~keep, float("-inf")).softmax(-1) @ v
+
+    torch._dynamo.reset()
+    backend = Backend(Options(strict=True))
+    compiled = torch.compile(attention, backend=backend, dynamic=True)
+    generator = torch.Generator().manual_seed(0)
+    for q_len, kv_len in ((40, 170), (33, 64), (7, 9)):
+        q, k, v = (torch.randn(2, n, 48, generator=generator) for n in (q_len, kv_len, kv_len))
+        exact = attention(q.double(), k.double(), v.double())
+        assert_as_accurate(compiled(q, k, v), attention(q, k, v), exact)
+    kernels = [site.kernel for site in backend.report.sites]
+    assert kernels in (["flex"], ["flex", "flex"])  # one block of keys, and several

@@ -154,10 +154,11 @@ def _names(modifier: Modifier) -> list[str]:
 
 @torch.library.custom_op("attn_rewriter::in_memory", mutates_args=())
 def _in_memory(x: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy that Inductor knows nothing about, for two faults of its templates (2.11 to 2.13).
+    """A contiguous copy that Inductor knows nothing about, for faults of its templates (2.11 to 2.13).
 
     The Triton template takes a block mask to be contiguous, and reads past its end where Inductor gave a dimension of
-    one element another stride. The C++ template fails on a captured tensor that would be computed where it is read.
+    one element another stride. The C++ template fails on a query that is a view of a tensor with other dimensions, and
+    on a captured tensor that would be computed where it is read.
     """
     return x.clone(memory_format=torch.contiguous_format)
 
@@ -236,9 +237,9 @@ class _Attend(_Node):
             x if isinstance(x, torch.Tensor) else query.new_full((1, 1, 1, 1), x, dtype=torch.float32) for x in captured
         )
         if query.device.type == "cpu" and not self.logsumexp:
-            masks, buffers = (
-                tuple(_in_memory(x) if isinstance(x, torch.Tensor) else x for x in held) for held in (masks, buffers)
-            )
+            query, key, value = (_in_memory(x) for x in (query, key, value))
+            sizes = (x if isinstance(x, torch.Tensor) else torch.full((), x, dtype=torch.int64) for x in masks)
+            masks, buffers = (tuple(_in_memory(x) for x in held) for held in (sizes, buffers))
         if blocks is None:
             one = torch.ones(1, 1, 1, dtype=torch.int32, device=query.device)
             block_mask = BlockMask.from_kv_blocks(one, one.unsqueeze(-1) * 0, BLOCK_SIZE=_WHOLE, seq_lengths=(1, 1))
