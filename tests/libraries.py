@@ -452,6 +452,50 @@ class GPTAttention(nn.Module):
         return self.proj((att @ v).transpose(1, 2).contiguous().view(b, t, c))
 
 
+class MultiHead(nn.Module):
+    """One attention class for decoders and encoders."""
+
+    def __init__(self, causal: bool) -> None:
+        super().__init__()
+        self.causal, self.norm = causal, nn.LayerNorm(32)
+        self.to_q, self.to_k, self.to_v, self.out = (nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        q, k, v = (to(y).unflatten(-1, (4, 8)).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v))
+        energy = torch.einsum("bhqd,bhkd->bhqk", q, k) / math.sqrt(8)
+        if self.causal:
+            n = energy.shape[-1]
+            energy = energy.masked_fill(torch.ones(n, n, device=x.device).tril() == 0, -1e20)
+        weights = torch.softmax(energy, dim=3)
+        return x + self.out(torch.einsum("bhql,bhld->bqhd", weights, v).flatten(2))
+
+
+class Decoder(nn.Module):
+    """A GPT: token and position embeddings, blocks, logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(50, 32), nn.Embedding(16, 32)
+        self.blocks, self.head = nn.Sequential(MultiHead(True), MultiHead(True)), nn.Linear(32, 50)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.tokens(x) + self.positions(torch.arange(x.shape[1], device=x.device))))
+
+
+class VisionTransformer(nn.Module):
+    """A ViT: patches, a class token, blocks, a classification."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.token = nn.Conv2d(3, 32, 4, stride=4), nn.Parameter(torch.zeros(1, 1, 32))
+        self.blocks, self.head = nn.Sequential(MultiHead(False), MultiHead(False)), nn.Linear(32, 10)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.patches(image).flatten(2).transpose(1, 2)
+        return self.head(self.blocks(torch.cat([self.token.expand(len(x), -1, -1), x], dim=1))[:, 0])
+
+
 class EinopsAttention(nn.Module):
     """One class for self and cross attention, with einops."""
 
@@ -524,6 +568,8 @@ class DifferentialAttention(nn.Module):
 
 _X = floats(x=(2, 11, 32))
 WRITTEN = {
+    "decoder": Model(Decoder, lambda g: {"x": torch.randint(50, (2, 11), generator=g)}, {f"{HEAD8}, causal": 2}),
+    "vision_transformer": Model(VisionTransformer, floats(image=(2, 3, 12, 16)), {HEAD8: 2}),
     "gpt": Model(GPTAttention, _X, {f"{HEAD8}, causal": 1}),
     "einops": Model(EinopsAttention, both(_X, floats(context=(2, 5, 32))), {HEAD8: 1}),
     "latent_diffusion": Model(LatentAttention, floats(x=(2, 16, 4, 5)), {HEAD16: 1}),
