@@ -23,18 +23,16 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from attn_rewriter.device import Device
 from attn_rewriter.kernels.base import Kernel, Limits, Tensors, number
-from attn_rewriter.kernels.masking import element, holds
+from attn_rewriter.kernels.masking import element, holds, modified
 from attn_rewriter.spec import (
     EVERY_KEY,
     AttentionSpec,
-    Bias,
-    Clamp,
+    Mask,
     Modifier,
     Predicate,
     Scale,
     ScaleBy,
     Shapes,
-    Softcap,
 )
 
 _BLOCK = 128
@@ -76,7 +74,7 @@ class Flex(Kernel):
         dtype = shapes.product_dtype or shapes.dtype
         if dtype != shapes.dtype:  # biases are added in float32 whatever their type, as MPT's in float32
             query, key, value = (x.to(dtype) for x in (query, key, value))
-        scale, modifiers = 1.0, [m for m in spec.modifiers if isinstance(m, (Scale, ScaleBy, Bias, Softcap, Clamp))]
+        scale, modifiers = 1.0, [m for m in spec.modifiers if not isinstance(m, Mask)]
         while modifiers and (first := modifiers[0]):  # what is linear in the query goes there
             if isinstance(first, Scale):
                 scale *= first.factor
@@ -137,12 +135,6 @@ def _tuned(query: torch.Tensor, value: torch.Tensor, captured: Sequence[torch.Te
 
 
 _LARGE_SHARED_MEMORY = {(8, 0), (9, 0), (10, 0), (10, 3)}
-
-
-def _capped(score: torch.Tensor, cap: float, *, fast: bool) -> torch.Tensor:
-    """`cap * tanh(score / cap)`; the fast way is exact to a rounding unit of `cap` in float32, which is far below the
-    rounding of scores in half precision. CUDA's own tanh takes as long as the products around it."""
-    return cap * (2 * torch.sigmoid(score * (2 / cap)) - 1) if fast else cap * torch.tanh(score / cap)
 
 
 def _names(modifier: Modifier) -> list[str]:
@@ -276,15 +268,5 @@ class _Attend(_Node):
     def score_mod(self, score: Any, b: Any, h: Any, q: Any, k: Any, *captured: torch.Tensor) -> torch.Tensor:
         tensors = {name: element(held, b, h, q, k) for name, held in zip(self.names, captured)}
         for modifier in self.modifiers:
-            match modifier:
-                case Scale(factor):
-                    score = score * factor
-                case ScaleBy():
-                    score = modifier.apply(score, tensors)
-                case Bias(name, factor):
-                    score = score + (tensors[str(name)] if factor == 1 else factor * tensors[str(name)])
-                case Softcap(cap):
-                    score = _capped(score, cap, fast=self.half)
-                case Clamp(lower, upper):
-                    score = torch.clamp(score, lower, upper)
+            score = modified(score, modifier, tensors, fast=self.half)
         return score

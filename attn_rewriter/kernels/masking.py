@@ -1,4 +1,4 @@
-"""Masks and biases as tensors, for the kernels that take them so."""
+"""Masks, biases and what else is done to scores, as operations on tensors."""
 
 from __future__ import annotations
 
@@ -16,13 +16,19 @@ from attn_rewriter.spec import (
     Always,
     And,
     Band,
+    Bias,
+    Clamp,
     Compare,
     Index,
     Mask,
+    Modifier,
     Not,
     Predicate,
     Quotient,
+    Scale,
+    ScaleBy,
     Shapes,
+    Softcap,
     TensorMask,
     Values,
 )
@@ -125,6 +131,28 @@ def coordinates(
         torch.arange(n, device=device).view([-1 if i == axis else 1 for i in range(4)]) for axis, n in enumerate(sizes)
     )
     return b, h, q, k
+
+
+def modified(score: torch.Tensor, modifier: Modifier, tensors: Tensors, *, fast: bool = False) -> torch.Tensor:
+    """What a modifier other than a mask makes of scores.
+
+    The fast way to cap them is exact to a rounding unit of the cap in float32, far below what half precision rounds
+    scores to. CUDA's own tanh takes as long as the products around it.
+    """
+    match modifier:
+        case Scale(factor):
+            return score * factor
+        case ScaleBy():
+            return modifier.apply(score, tensors)
+        case Bias(name, factor):
+            return score + (tensors[str(name)] if factor == 1 else factor * tensors[str(name)])
+        case Softcap(cap) if fast:
+            return cap * (2 * torch.sigmoid(score * (2 / cap)) - 1)
+        case Softcap(cap):
+            return cap * torch.tanh(score / cap)
+        case Clamp(lower, upper):
+            return torch.clamp(score, lower, upper)
+    raise NotImplementedError(f"{modifier} on scores")
 
 
 def summed_bias(form: AffineForm, tensors: Tensors) -> torch.Tensor | None:

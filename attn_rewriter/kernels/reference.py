@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from attn_rewriter.device import Device
 from attn_rewriter.kernels.base import Kernel, Tensors
-from attn_rewriter.kernels.masking import keep
-from attn_rewriter.spec import AttentionSpec, Bias, Clamp, Mask, Scale, ScaleBy, Shapes, Softcap
+from attn_rewriter.kernels.masking import keep, modified
+from attn_rewriter.spec import AttentionSpec, Mask, Shapes
 
 
 class Reference(Kernel):
@@ -23,19 +23,10 @@ class Reference(Kernel):
             value = value.repeat_interleave(shapes.num_groups, dim=1)
         scores = query @ key.transpose(-2, -1)
         for modifier in spec.modifiers:
-            match modifier:
-                case Scale(factor):
-                    scores = scores * factor
-                case ScaleBy():
-                    scores = modifier.apply(scores, tensors)
-                case Bias(name, factor):
-                    scores = scores + factor * tensors[str(name)]
-                case Mask():
-                    scores = scores.masked_fill(~keep(modifier, tensors), float("-inf"))
-                case Softcap(cap):
-                    scores = cap * torch.tanh(scores / cap)
-                case Clamp(lower, upper):
-                    scores = torch.clamp(scores, lower, upper)
+            if isinstance(modifier, Mask):
+                scores = scores.masked_fill(~keep(modifier, tensors), float("-inf"))
+            else:
+                scores = modified(scores, modifier, tensors)
         if spec.sinks is not None:
             sinks = tensors[spec.sinks] if isinstance(spec.sinks, str) else scores.new_full((), spec.sinks)
             scores = torch.cat([scores, sinks.expand_as(scores[..., :1])], dim=-1)
