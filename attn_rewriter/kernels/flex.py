@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch._higher_order_ops.flex_attention import flex_attention as operator
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -128,7 +129,8 @@ def _tuned(query: torch.Tensor, value: torch.Tensor, captured: Sequence[torch.Te
     tiles = sum(1 for x in captured if x.ndim > 1 and x.size(-1) != 1 and x.size(-2) != 1)
     if tiles or (head_dim > 128 and head_dim & (head_dim - 1)):
         return {"num_stages": 2 if tiles <= 2 and capability in _LARGE_SHARED_MEMORY else 1}
-    if head_dim > 128 and query.element_size() == 2 and capability == (9, 0):
+    many = statically_known_true(query.size(-2) >= _BLOCK)  # else PyTorch takes its kernel for decoding
+    if many and head_dim > 128 and query.element_size() == 2 and capability == (9, 0):
         forward = {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_stages": 2, "fwd_num_warps": 8}
         return {**forward, "bwd_num_stages": 2, "bwd_num_warps": 8}
     return {}
