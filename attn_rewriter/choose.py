@@ -11,7 +11,7 @@ import torch
 from attn_rewriter.device import Device
 from attn_rewriter.errors import KernelUnavailable, Refusal
 from attn_rewriter.kernels import KERNELS, Kernel
-from attn_rewriter.spec import EVERY_KEY, AttentionSpec, Band, Shapes
+from attn_rewriter.spec import AttentionSpec, Shapes
 
 Request = Union[str, Sequence[str]]
 
@@ -36,13 +36,12 @@ def order(spec: AttentionSpec, shapes: Shapes, device: Device) -> tuple[str, ...
     backward pass has tiles of 16, whatever the card.
     """
     form = spec.affine()
-    if isinstance(form, str):
+    if isinstance(form, str) or spec.is_plain(shapes) or device.type != "cuda":
         return ("sdpa", "flex")
     unbiased = not form.biases and spec.sinks is None
-    plain = unbiased and spec.keep.within(shapes.q_len, shapes.kv_len) in (EVERY_KEY, Band(None, 0))
     few = isinstance(shapes.q_len, int) and shapes.q_len <= (SHORT if unbiased else FEW_QUERIES)
     wide = (shapes.product_dtype or shapes.dtype) == torch.float32
-    return ("sdpa", "flex") if plain or few or wide or device.type != "cuda" else ("flex", "sdpa")
+    return ("sdpa", "flex") if few or wide else ("flex", "sdpa")
 
 
 def requested(kernel: Request) -> tuple[str, ...] | None:

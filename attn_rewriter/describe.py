@@ -22,7 +22,7 @@ from attn_rewriter.graph import Call, Facts, describe_node, is_inplace, is_pure,
 from attn_rewriter.patterns.axes import Atom, Dim, Dims, backward, extent, fresh, leaves
 from attn_rewriter.patterns.masks import MaskReader
 from attn_rewriter.patterns.match import Matcher
-from attn_rewriter.patterns.operands import Factor, Operand, Product, State, product, trace
+from attn_rewriter.patterns.operands import Factor, Operand, Product, State, available, product, trace
 from attn_rewriter.patterns.rule import Column, Dropout, Fill, Rules, Shift, Zeroed
 from attn_rewriter.patterns.scores import scores
 from attn_rewriter.patterns.weights import weights
@@ -399,27 +399,13 @@ class _Reading:
 
     def _terms(self, step: Any, dims: Dims) -> Steps:
         """A bias that is a sum (T5's positions and mask), as its terms."""
-        if isinstance(step, Bias) and step.factor == 1 and isinstance(step.tensor, Node):
-            call = self.facts.call(step.tensor)
-            if call is not None and call.name == "add" and call["alpha"] == 1 and self._is_open(step.tensor, call):
-                terms = [self.facts.current(call[side], step.tensor) for side in ("input", "other")]
-                return tuple(part for term in terms for part in self._terms(Bias(term), dims))
-        return ((step, dims),)
-
-    def _is_open(self, node: Node, call: Call) -> bool:
-        """Whether a sum may be computed as its terms instead."""
-        terms = [call["input"], call["other"]]
-        held = [tensor(term) for term in terms]
-        if any(value is None or value.dtype != tensor(node).dtype for value in held):  # type: ignore[union-attr]
-            return False
-        try:
-            current = [self.facts.current(term, node) for term in terms]
-        except Refused:
-            return False
-        return self.facts.region(node) == self.facts.region(self.site.output) and all(
-            self.facts.unchanged(term, None if tensor(self.site.output).requires_grad else self.site.output)  # type: ignore[union-attr]
-            for term in current
-        )
+        call = self.facts.call(step.tensor) if isinstance(step, Bias) and step.factor == 1 else None
+        if call is None or call.name != "add" or call["alpha"] != 1:
+            return ((step, dims),)
+        terms = [available(self.facts, call[side], step.tensor, self.site.output) for side in ("input", "other")]
+        if any(term is None or tensor(term).dtype != tensor(step.tensor).dtype for term in terms):  # type: ignore[union-attr]
+            return ((step, dims),)
+        return tuple(part for term in terms for part in self._terms(Bias(term), dims))
 
     def _after_softmax(self, after: Steps, names: list[str | None]) -> tuple[float, tuple[ScaleBy, ...], bool]:
         """What the weights go through: the dropout, the gates, and whether rows without any key are zero."""

@@ -59,8 +59,6 @@ exp(input): torch.exp .exp
 clamp(input, min=None, max=None): torch.clamp torch.clip .clamp .clip
 clamp(input, min, max=None): torch.clamp_min .clamp_min
 clamp(input, max, min=None): torch.clamp_max .clamp_max
-maximum(input, other): torch.maximum .maximum
-minimum(input, other): torch.minimum .minimum
 max(input, dim=None, keepdim=False): torch.max .max
 min(input, dim=None, keepdim=False): torch.min .min
 amax(input, dim=(), keepdim=False): torch.amax .amax

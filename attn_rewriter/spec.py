@@ -69,16 +69,7 @@ class Predicate:
 
     def varies_over(self) -> frozenset[str]:
         """The axes over which it may vary."""
-        found: set[str] = set()
-        for part in _parts(self):
-            match part:
-                case Band():
-                    found |= {"query", "key"}
-                case TensorMask(axes=axes) | Values(axes=axes):
-                    found |= {*axes}
-                case Index(terms=terms):
-                    found |= {term for term, _ in terms if isinstance(term, str)}
-        return frozenset(found)
+        return frozenset(_axes(self))
 
     def rename(self, names: dict[Hashable, str]) -> Predicate:
         return self
@@ -248,8 +239,18 @@ def compared(left: Index, right: Index, relation: str) -> Predicate:
     return Compare(less, more, relation)
 
 
-def _axes(index: Index) -> set[str]:
-    return {axis for leaf in index.leaves() for axis in (leaf.axes if isinstance(leaf, Values) else (leaf,))}
+def _axes(value: Predicate | Index) -> set[str]:
+    """The axes that a predicate or an integer varies over."""
+    found: set[str] = set()
+    for part in _parts(value):
+        match part:
+            case Band():
+                found |= {"query", "key"}
+            case TensorMask(axes=axes) | Values(axes=axes):
+                found |= {*axes}
+            case Index(terms=terms):
+                found |= {term for term, _ in terms if isinstance(term, str)}
+    return found
 
 
 @dataclass(frozen=True)
@@ -612,6 +613,14 @@ class AttentionSpec:
                 case Softcap() | Clamp():
                     return f"scores go through {modifier}"
         return AffineForm(scale, tuple(query_scales), tuple(biases), tuple(masks), self.keep)
+
+    def is_plain(self, shapes: Shapes) -> bool:
+        """Whether the scores are but scaled, and hidden, if at all, causally from the top left: what flash attention
+        takes without a tensor."""
+        form = self.affine()
+        if isinstance(form, str) or form.biases or self.sinks is not None:
+            return False
+        return self.keep.within(shapes.q_len, shapes.kv_len) in (EVERY_KEY, Band(None, 0))
 
     def __str__(self) -> str:
         words = [str(modifier) for modifier in self.modifiers]

@@ -92,65 +92,24 @@ def reduced(name: str, of: Pattern) -> Reduced:
     return Reduced(name, {}, of)
 
 
-def masked_fill(input: Any, mask: Any, value: Any) -> Pattern:
-    return Pattern("masked_fill", {"input": input, "mask": mask, "value": value})
+def operation(name: str, *parameters: str) -> Callable[..., Pattern]:
+    """What writes the pattern of an operation down: called with a pattern or a value for each of the parameters."""
+    return lambda *args: Pattern(name, dict(zip(parameters, args, strict=True)))
 
 
-def where(condition: Any, input: Any, other: Any) -> Pattern:
-    return Pattern("where", {"condition": condition, "input": input, "other": other})
-
-
-def _of_one(name: str) -> Callable[[Any], Pattern]:
-    """The pattern of an operation with one input."""
-    return lambda input: Pattern(name, {"input": input})
-
-
-tanh, cast, exp = (_of_one(name) for name in ("tanh", "cast", "exp"))
-
-
-def nan_to_num(input: Any, nan: Any) -> Pattern:
-    return Pattern("nan_to_num", {"input": input, "nan": nan})
-
-
-def maximum(input: Any, other: Any) -> Pattern:
-    return Pattern("maximum", {"input": input, "other": other})
-
-
-def minimum(input: Any, other: Any) -> Pattern:
-    return Pattern("minimum", {"input": input, "other": other})
-
-
-def clamp(input: Any, min: Any, max: Any) -> Pattern:
-    return Pattern("clamp", {"input": input, "min": min, "max": max})
-
-
-def softmax(input: Any, dim: Any) -> Pattern:
-    return Pattern("softmax", {"input": input, "dim": dim})
-
-
-def summed(input: Any, dim: Any, keepdim: Any) -> Pattern:
-    return Pattern("sum", {"input": input, "dim": dim, "keepdim": keepdim})
-
-
-def logsumexp(input: Any, dim: Any, keepdim: Any) -> Pattern:
-    return Pattern("logsumexp", {"input": input, "dim": dim, "keepdim": keepdim})
-
-
-def getitem(input: Any, index: Any) -> Pattern:
-    return Pattern("getitem", {"input": input, "index": index})
-
-
-def append(input: Any, other: Any, dim: Any) -> Pattern:
-    """`torch.cat` of two tensors."""
-    return Pattern("append", {"input": input, "other": other, "dim": dim})
-
-
-def pad(input: Any, pad: Any, mode: Any, value: Any) -> Pattern:
-    return Pattern("pad", {"input": input, "pad": pad, "mode": mode, "value": value})
-
-
-def dropout(input: Any, p: Any, training: Any) -> Pattern:
-    return Pattern("dropout", {"input": input, "p": p, "training": training})
+tanh, cast, exp = (operation(name, "input") for name in ("tanh", "cast", "exp"))
+maximum, minimum = (operation(name, "input", "other") for name in ("maximum", "minimum"))
+masked_fill = operation("masked_fill", "input", "mask", "value")
+where = operation("where", "condition", "input", "other")
+nan_to_num = operation("nan_to_num", "input", "nan")
+clamp = operation("clamp", "input", "min", "max")
+softmax = operation("softmax", "input", "dim")
+summed = operation("sum", "input", "dim", "keepdim")
+logsumexp = operation("logsumexp", "input", "dim", "keepdim")
+getitem = operation("getitem", "input", "index")
+append = operation("append", "input", "other", "dim")  # `torch.cat` of two tensors
+pad = operation("pad", "input", "pad", "mode", "value")
+dropout = operation("dropout", "input", "p", "training")
 
 
 Constant = Callable[[Any, Node], "float | None"]

@@ -200,9 +200,15 @@ def _before(facts: Facts, constant: Constant, state: State, until: Node, scaled:
             source, factor = call["other"], constant(call["input"], node)
         if factor and tensor(source) is not None and _is_exact(source, node) and shape(source) == shape(node):
             scale, dims = scale * (1 / factor if call.name == "div" else factor), state.dims
-    if dims is None or not isinstance(source, Node) or tensor(source) is None:
+    if dims is None:
         return None
-    if facts.region(node) != facts.region(until):
+    found = available(facts, source, node, until)
+    return State(found, dims, scale) if found is not None else None
+
+
+def available(facts: Facts, source: Any, node: Node, until: Node) -> Node | None:
+    """The node with what `node` was made from, if `until` may take that instead of what `node` made of it."""
+    if tensor(source) is None or facts.region(node) != facts.region(until):
         return None  # what was made without gradients stays without them
     try:
         source = facts.current(source, node)
@@ -210,7 +216,7 @@ def _before(facts: Facts, constant: Constant, state: State, until: Node, scaled:
         return None
     # Autograd keeps what it needs for the backward pass by reference, so that it must not change later either.
     kept = tensor(until).requires_grad  # type: ignore[union-attr]
-    return State(source, dims, scale) if facts.unchanged(source, None if kept else until) else None
+    return source if facts.unchanged(source, None if kept else until) else None
 
 
 def _is_exact(source: Any, node: Node) -> bool:

@@ -268,7 +268,9 @@ class _Attend(_Node):
         return holds(self.keep, dict(zip(self.mask_names, masks)), b, h, q, k)
 
     def score_mod(self, score: Any, b: Any, h: Any, q: Any, k: Any, *captured: torch.Tensor) -> torch.Tensor:
-        tensors = {name: element(held, b, h, q, k) for name, held in zip(self.names, captured)}
+        tensors = {
+            name: element(held, (b, h, q, k), (n != 1 for n in held.shape)) for name, held in zip(self.names, captured)
+        }
         for modifier in self.modifiers:
             score = modified(score, modifier, tensors, fast=self.half)
         return score

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from functools import reduce
 from operator import add, and_
 from typing import Any
@@ -43,23 +44,12 @@ def keep_mask(form: AffineForm, shapes: Shapes, tensors: Tensors) -> torch.Tenso
 def keep(mask: Mask, tensors: Tensors) -> torch.Tensor:
     """What one mask keeps, as a boolean tensor that broadcasts to the scores."""
     if mask.tensor is None:
-        assert isinstance(mask.keep, Band)
-        return band_mask(mask.keep, tensors)
+        query, key = tensors["query"], tensors["key"]
+        return holds(mask.keep, tensors, *coordinates(1, 1, query.size(-2), key.size(-2), query.device))
     held = tensors[str(mask.tensor)]
     if mask.form == "additive":
         return held == 0
     return held if mask.form == "keep" else ~held
-
-
-def band_mask(band: Band, tensors: Tensors) -> torch.Tensor:
-    """`lower <= key - query <= upper` as a boolean tensor [q_len, kv_len]."""
-    query, key = tensors["query"], tensors["key"]
-    rows = torch.arange(query.size(-2), device=query.device)
-    distance = torch.arange(key.size(-2), device=query.device) - rows.unsqueeze(-1)
-    kept = distance == distance
-    if band.lower is not None:
-        kept = kept & (distance >= band.lower)
-    return kept if band.upper is None else kept & (distance <= band.upper)
 
 
 def holds(
@@ -113,13 +103,13 @@ def holds(
 
 
 def _gathered(leaf: TensorMask | Values, tensors: Tensors, at: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The elements of a tensor at coordinates; over an axis that it does not vary over, it has but one."""
-    return tensors[str(leaf.tensor)][tuple(i if axis in leaf.axes else i * 0 for axis, i in at.items())]
+    """The elements of a predicate's tensor at coordinates."""
+    return element(tensors[str(leaf.tensor)], at.values(), (axis in leaf.axes for axis in at))
 
 
-def element(tensor: torch.Tensor, b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """The elements at coordinates of a tensor that broadcasts to the scores."""
-    return tensor[tuple(i if n != 1 else i * 0 for n, i in zip(tensor.shape, (b, h, q, k)))]
+def element(tensor: torch.Tensor, at: Iterable[torch.Tensor], varies: Iterable[bool]) -> torch.Tensor:
+    """The elements at coordinates of a tensor that broadcasts to the scores; where it does not vary, it has but one."""
+    return tensor[tuple(i if varying else i * 0 for i, varying in zip(at, varies))]
 
 
 def coordinates(

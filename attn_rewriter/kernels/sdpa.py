@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from attn_rewriter.device import Device
 from attn_rewriter.kernels.base import Kernel, Limits, Tensors
 from attn_rewriter.kernels.masking import keep_mask, summed_bias
-from attn_rewriter.spec import EVERY_KEY, AffineForm, AttentionSpec, Band, Shapes
+from attn_rewriter.spec import AttentionSpec, Band, Shapes
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -28,14 +28,13 @@ class SDPA(Kernel):
     def refusals(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> list[str]:
         form = spec.affine()
         reasons = super().refusals(spec, shapes, device)
-        return reasons + ([form] if isinstance(form, str) else self._too_large(spec, form, shapes, device))
+        return reasons + ([form] if isinstance(form, str) else self._too_large(spec, shapes, device))
 
     @staticmethod
-    def _too_large(spec: AttentionSpec, form: AffineForm, shapes: Shapes, device: Device) -> list[str]:
+    def _too_large(spec: AttentionSpec, shapes: Shapes, device: Device) -> list[str]:
         """Sizes at which memory-efficient attention, taken where flash is not, is wrong without a word (offsets of 32
         bits, pytorch#187227)."""
-        flash = shapes.dtype in _HALF and not form.biases and spec.sinks is None
-        flash = flash and form.keep.within(shapes.q_len, shapes.kv_len) in (EVERY_KEY, Band(None, 0))
+        flash = shapes.dtype in _HALF and spec.is_plain(shapes)
         scores = shapes.q_len * shapes.kv_len
         if device.type == "cuda" and isinstance(scores, int) and scores > 2**32 and not flash:
             return ["its CUDA kernels for masks, biases and float32 take at most 2**32 scores a head"]
@@ -54,7 +53,8 @@ class SDPA(Kernel):
         if keep is not None:
             # A finite number, so that a row in which every key is masked stays finite; half of the lowest, because
             # kernels multiply by log2(e) before they exponentiate.
-            attn_mask = keep if plain else torch.where(keep, key.new_zeros(()) if bias is None else bias, _low(shapes))
+            low = torch.finfo(shapes.dtype).min / 2
+            attn_mask = keep if plain else torch.where(keep, key.new_zeros(()) if bias is None else bias, low)
         if spec.sinks is not None:
             attn_mask, key, value = _with_sinks(spec.sinks, attn_mask, key, value, shapes, tensors)
         repeated = shapes.is_gqa and not self._takes_gqa(shapes, device, attn_mask is not None)
@@ -91,10 +91,6 @@ class SDPA(Kernel):
     @staticmethod
     def _may_be_cudnn(shapes: Shapes, device: Device) -> bool:
         return device.type == "cuda" and (device.capability or (0, 0)) >= (9, 0) and shapes.dtype in _HALF
-
-
-def _low(shapes: Shapes) -> float:
-    return torch.finfo(shapes.dtype).min / 2
 
 
 def _with_sinks(
