@@ -11,7 +11,7 @@ import torch
 import attn_rewriter
 from examples.benchmark_forms import FORMS, Form
 from tests.accuracy import assert_as_accurate
-from tests.running import Exact, double, joined, rewritten, truth, with_gradients
+from tests.running import DRAWS, Exact, double, joined, rewritten, truth, with_gradients
 from tests.spellings import SPELLINGS, Spelling
 
 pytestmark = [
@@ -23,7 +23,9 @@ pytestmark = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("spelling", [s for s in SPELLINGS if not s.random], ids=lambda s: s.name)
 def test_result_and_gradients(spelling: Spelling, dtype: torch.dtype) -> None:
-    draws = [[x.cuda().detach().requires_grad_(x.requires_grad) for x in spelling.inputs(dtype, s)] for s in range(4)]
+    draws = [
+        [x.cuda().detach().requires_grad_(x.requires_grad) for x in spelling.inputs(dtype, s)] for s in range(DRAWS)
+    ]
     # What PyTorch remembers of cuDNN's backward (see below) must not come from the model's own SDPA calls.
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
@@ -45,7 +47,9 @@ def test_result_and_gradients(spelling: Spelling, dtype: torch.dtype) -> None:
 )
 def test_flex(spelling: Spelling, dtype: torch.dtype) -> None:
     """FlexAttention as Inductor compiles it."""
-    draws = [[x.cuda().detach().requires_grad_(x.requires_grad) for x in spelling.inputs(dtype, s)] for s in range(4)]
+    draws = [
+        [x.cuda().detach().requires_grad_(x.requires_grad) for x in spelling.inputs(dtype, s)] for s in range(DRAWS)
+    ]
     try:
         eager = joined(with_gradients(spelling.function, inputs) for inputs in draws)
     except RuntimeError as error:

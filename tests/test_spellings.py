@@ -8,11 +8,10 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from attn_rewriter.kernels import KERNELS
 from tests.accuracy import assert_as_accurate
-from tests.running import joined, rewritten, truth, with_gradients
+from tests.running import DRAWS, joined, rewritten, truth, with_gradients
 from tests.spellings import SPELLINGS, Spelling
 
 RUNS = [("reference", None), ("sdpa", None), ("flex", "sm_90")]
-DRAWS = 4  # errors are compared over several draws of the inputs: a few elements' error is mostly luck
 
 
 def test_every_kernel_is_run() -> None:
