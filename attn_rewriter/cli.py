@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _add_benchmarks(bench: argparse.ArgumentParser) -> None:
-    from attn_rewriter.bench import attention, masks
+    from attn_rewriter.bench import attention, masks  # which no other command needs
 
     benchmarks = bench.add_subparsers(dest="benchmark", required=True)
     for name, module in (("attention", attention), ("masks", masks)):

@@ -15,6 +15,7 @@ With --json, cells in the file are not measured again: interrupt it, or give it 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -334,6 +335,8 @@ def grid(sizes: Sizes, head_dims: list[int] | None, lengths: list[int] | None) -
 
 def main(options: argparse.Namespace) -> int:
     """Measure, and show what there is."""
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        raise SystemExit("--plot needs matplotlib: pip install 'attn-rewriter[bench]'")
     sizes = TINY if options.tiny else FULL
     dtype: torch.dtype = getattr(torch, options.dtype)
     cases = grid(sizes, options.head_dims, options.lengths)

@@ -195,6 +195,8 @@ class Results:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self.data: dict[str, Any] = {"setup": None, "commands": [], "cells": {}}
+        if path and not path.parent.is_dir():
+            raise SystemExit(f"there is no folder {str(path.parent)!r} for the results")
         if path and path.exists():
             self.data = json.loads(path.read_text())
 

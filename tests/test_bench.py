@@ -1,0 +1,153 @@
+"""The benchmarks run at tiny sizes, resume, and show what there is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from attn_rewriter.bench import attention, masks, run
+from attn_rewriter.bench.measure import OUT_OF_MEMORY, Results, attempt, rich_table
+from attn_rewriter.cli import main
+from attn_rewriter.errors import KernelUnavailable
+
+TINY = ("--tiny", "--device", "cpu", "--dtype", "float32", "--repeat", "3")
+ATTENTION = ("bench", "attention", *TINY, "--head-dims", "32", "--lengths", "64", "--kernels", "sdpa", "auto")
+MASKS = ("bench", "masks", *TINY, "--compiler", "aot_eager", "--kernels", "eager", "auto")
+
+
+def cells(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text())["cells"]
+
+
+def never(*args: object) -> Any:
+    raise AssertionError("measured again")
+
+
+def test_attention(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    file, picture = tmp_path / "attention.json", tmp_path / "attention.png"
+    assert main([*ATTENTION, "--json", str(file), "--plot", str(picture)]) == 0
+    said = capsys.readouterr().out
+    assert "TFLOP/s, forward" in said and "TFLOP/s, backward" in said
+    assert "forward: auto / best is at least" in said
+    assert picture.stat().st_size > 10_000
+    measured = cells(file)
+    assert measured.pop(attention.CEILING)["matmul"]["tflops"] > 0
+    assert len(measured) == 2 * 2 * 2  # causal or not, one or four heads for each key head, forward and backward
+    for column in measured.values():
+        for cell in column.values():
+            assert cell["kernel"] == "sdpa"
+            assert max(attention.to_eager(cell)) < 3
+    monkeypatch.setattr(run, "attempt", never)
+    assert main([*ATTENTION, "--json", str(file), "--markdown"]) == 0
+    assert "| head_dim 32, causal, 4:1, 64 | **" in capsys.readouterr().out
+
+
+def test_attention_without_a_kernel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Flex has no backward pass on CPU."""
+    file = tmp_path / "attention.json"
+    case = attention.Case(1, 4, 32, 32, True, 1)
+    cell = attempt(attention.measure, case, "backward", "flex", "cpu", torch.float32, 3)
+    assert "flex: has no backward pass on CPU" in cell["refused"]
+    results = Results(file)
+    results.put(attention.column(case, "backward"), "flex", cell)
+    [row] = attention.rows(results, [case], "backward", ["flex", "auto"])
+    assert row == [str(case), "–", "", "–", "–"]
+
+
+def test_cases() -> None:
+    """The order in which they are measured, and what does not fit."""
+    cases = attention.grid(attention.FULL, None, None)
+    assert len(cases) == 48 and {case.batch * case.length for case in cases} == {16384}
+    assert [(case.length, case.head_dim) for case in cases[::4]][:4] == [
+        (8192, 128),
+        (8192, 64),
+        (8192, 256),
+        (512, 128),
+    ]
+    assert str(cases[1]) == "head_dim 128, causal, 4:1, 8192"
+    assert cases[0].flops("backward") == 2.5 * cases[0].flops("forward") == 5 * 2 * 2 * 16 * 8192**2 * 128 / 2
+    with pytest.raises(SystemExit, match="--head-dims: 96 does not divide 512"):
+        attention.grid(attention.FULL, [96], None)
+    with pytest.raises(SystemExit, match="--lengths: 3000 does not divide 16384"):
+        attention.grid(attention.FULL, None, [3000])
+
+
+def test_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "masks.json"
+    forms = ("--forms", "causal, left padding", "T5 bias", "softcap, causal")
+    assert main([*MASKS, *forms, "--json", str(file), "--limit-s", "0"]) == 0
+    assert "12 cells are left" in capsys.readouterr().out and not file.exists()
+    assert main([*MASKS, *forms[:3], "--json", str(file)]) == 0
+    for form in ("causal, left padding", "T5 bias"):
+        for direction in masks.DIRECTIONS:
+            column = cells(file)[masks.column(form, direction)]
+            assert {row: cell["kernel"] for row, cell in column.items()} == {
+                "eager": "eager",
+                "auto": "sdpa",
+            }
+    monkeypatch.setattr(run, "attempt", never)
+    capsys.readouterr()
+    assert main([*MASKS, *forms[:3], "--json", str(file), "--markdown"]) == 0
+    assert "| T5 bias, 2×4×32×16 | " in capsys.readouterr().out
+
+
+def test_masks_without_a_kernel() -> None:
+    how = ("cpu", torch.float32, "aot_eager", 3)
+    for kernel, reason in (("sdpa", "softcap"), ("auto", "not fused")):
+        assert (
+            reason in attempt(masks.measure, masks.FORMS["softcap, causal"].tiny(), "forward", kernel, *how)["refused"]
+        )
+
+
+def test_the_file_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
+    """`--limit-s 0` shows a file on a machine without its GPU."""
+    file = Path(__file__).parent.parent / "examples" / "forms_h200.json"
+    before = file.read_text()
+    assert main(["bench", "masks", "--json", str(file), "--limit-s", "0", "--markdown"]) == 0
+    assert "| causal, 4×32/8×4096×128 | 8.37, 19.93, 16.55 | **1.02**, **4.14**, 1.19 |" in capsys.readouterr().out
+    assert file.read_text() == before
+
+
+def test_results(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    results = Results(file)
+    results.begin({"device": "one"})
+    results.put("column", "row", {"ms": 1.0})
+    results.put("column", "full", {"failed": OUT_OF_MEMORY})
+    results.put("column", "broken", {"failed": "ValueError: no"})
+    again = Results(file)
+    assert again.get("column", "row") == {"ms": 1.0} and again.get("column", "other") == {}
+    assert [again.has("column", row) for row in ("row", "full", "broken", "other")] == [True, True, False, False]
+    assert again.failures() == 1
+    again.begin({"device": "one"})
+    with pytest.raises(SystemExit, match=r"another setup: \{'device': 'one'\}, this is \{'device': 'two'\}"):
+        again.begin({"device": "two"})
+
+
+def test_attempts(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(error: Exception) -> Any:
+        raise error
+
+    assert attempt(fail, KernelUnavailable("not here")) == {"refused": "not here"}
+    assert attempt(fail, RuntimeError("CUDA out of memory. Tried")) == {"failed": OUT_OF_MEMORY}
+    assert attempt(fail, ValueError("no")) == {"failed": "ValueError: no"}
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_bold_in_the_terminal() -> None:
+    assert rich_table("", ["", "x"], [["row", "**1**, 2"]]).columns[1]._cells == ["[bold]1[/bold], 2"]
+
+
+def test_what_is_wrong(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"there is no folder '.*nowhere'"):
+        main([*ATTENTION, "--json", str(tmp_path / "nowhere" / "file.json")])
+    with pytest.raises(SystemExit):
+        main(["bench", "attention", "--kernels", "nothing"])
+    assert "invalid choice: 'nothing'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["bench"])
+    assert "required: benchmark" in capsys.readouterr().err
