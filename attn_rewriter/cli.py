@@ -1,4 +1,5 @@
-"""`python -m attn_rewriter`: run an unmodified script with its attention rewritten, or see what this machine can do."""
+"""`python -m attn_rewriter`: run an unmodified script with its attention rewritten, see what this machine can do, or
+measure it."""
 
 from __future__ import annotations
 
@@ -49,10 +50,32 @@ def main(argv: list[str] | None = None) -> int:
     run.add_argument("args", nargs=argparse.REMAINDER, help="the script's own arguments")
     doctor_parser = commands.add_parser("doctor", help="what this machine has, and what would be chosen and why")
     doctor_parser.add_argument("--device", help="imagine another device: cpu, mps, sm_80, sm_90, …")
-    options = parser.parse_args(argv)
+    bench = commands.add_parser("bench", help="measure kernels and forms of attention on this machine")
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] == ["bench"]:
+        _add_benchmarks(bench)
+    options = parser.parse_args(arguments)
+    if options.command == "bench":
+        return options.main(options)
     if options.command == "doctor":
         return doctor(options.device)
     return run_script(options)
+
+
+def _add_benchmarks(bench: argparse.ArgumentParser) -> None:
+    from attn_rewriter.bench import attention, masks
+
+    benchmarks = bench.add_subparsers(dest="benchmark", required=True)
+    for name, module in (("attention", attention), ("masks", masks)):
+        about = module.__doc__ or ""
+        parser = benchmarks.add_parser(
+            name,
+            help=about.partition(":")[0],
+            description=about,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(parser)
+        parser.set_defaults(main=module.main)
 
 
 def run_script(options: argparse.Namespace) -> int:

@@ -39,24 +39,22 @@ from typing import Any
 
 import torch
 import transformers
-from _common import (
-    OUT_OF_MEMORY,
+from _common import rewritten, unchanged
+from torch import Tensor, nn
+
+import attn_rewriter
+from attn_rewriter.bench.measure import (
     Cell,
     Results,
     attempt,
     console,
     markdown_table,
     positive,
-    rewritten,
     rich_table,
     time_step,
-    unchanged,
     versions,
     working,
 )
-from torch import Tensor, nn
-
-import attn_rewriter
 
 VOCABULARY = 1024
 PATIENCE = 2.0  # seconds of timed steps in a cell
@@ -515,8 +513,7 @@ def main() -> int:
         if cell.get("fused", 0) < cell.get("sites", 0):
             console.print(cell["report"], markup=False)
     show(results, args.markdown)
-    cells = [cell for column in results.data["cells"].values() for cell in column.values()]
-    return int(any(cell.get("failed", OUT_OF_MEMORY) != OUT_OF_MEMORY for cell in cells))
+    return int(results.failures() > 0)
 
 
 if __name__ == "__main__":

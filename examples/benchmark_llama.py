@@ -40,23 +40,22 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from _common import (
-    GIB,
-    OUT_OF_MEMORY,
-    Results,
-    attempt,
-    markdown_table,
-    rewritten,
-    rich_table,
-    time_step,
-    unchanged,
-    versions,
-)
+from _common import rewritten, unchanged
 from rich.console import Console
 from torch._inductor.utils import fresh_cache
 from transformers import AttentionInterface, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import attn_rewriter
+from attn_rewriter.bench.measure import (
+    GIB,
+    OUT_OF_MEMORY,
+    Results,
+    attempt,
+    markdown_table,
+    rich_table,
+    time_step,
+    versions,
+)
 
 COLUMNS = (
     "prefill-1x2048",
@@ -408,8 +407,7 @@ def main():
     show(results, args.markdown)
     if args.plot:
         plot(results, args.plot)
-    cells = [cell for column in results.data["cells"].values() for cell in column.values()]
-    return int(any(cell.get("failed", OUT_OF_MEMORY) != OUT_OF_MEMORY for cell in cells))
+    return int(results.failures() > 0)
 
 
 if __name__ == "__main__":

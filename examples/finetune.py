@@ -15,7 +15,7 @@ import time
 
 import matplotlib.pyplot as plt
 import torch
-from _common import add_options, byte_ids, console, positive
+from _common import add_options, byte_ids
 from models import GPT
 from rich import box
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -23,6 +23,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import attn_rewriter
+from attn_rewriter.bench.measure import console, positive
 
 
 class Run:

@@ -13,7 +13,7 @@ import argparse
 
 import torch
 import transformers
-from _common import TEXT, add_options, byte_ids, compare, console, positive, results, windows, working
+from _common import TEXT, add_options, byte_ids, compare, results, windows
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -25,6 +25,7 @@ from transformers import (
 )
 
 import attn_rewriter
+from attn_rewriter.bench.measure import console, positive, working
 
 
 def main() -> None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import argparse
 
 import torch
-from _common import add_options, byte_ids, compare, console, results, windows, working
+from _common import add_options, byte_ids, compare, results, windows
 from models import GPT, ViT
 from torch import Tensor, nn
 
 import attn_rewriter
+from attn_rewriter.bench.measure import console, working
 
 
 def main() -> None:

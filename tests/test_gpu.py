@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import attn_rewriter
-from examples.benchmark_forms import FORMS, Form
+from attn_rewriter.bench.masks import FORMS, Form
 from tests.accuracy import assert_as_accurate
 from tests.running import DRAWS, Exact, double, joined, rewritten, truth, with_gradients
 from tests.spellings import SPELLINGS, Spelling

@@ -1,0 +1,1 @@
+"""`python -m attn_rewriter bench …`: kernels and forms of attention, measured on this machine."""
