@@ -1,6 +1,7 @@
 """What kernels were measured to take, by compute capability: tables that `choose` ranks kernels by.
 
-A table is written by `python -m attn_rewriter bench attention --ship attn_rewriter/measured` on the card it is for.
+A table is written by `python -m attn_rewriter bench attention --ship attn_rewriter/measured/sm_90.json`, on such a
+card.
 """
 
 from __future__ import annotations
