@@ -25,6 +25,7 @@ from attn_rewriter.device import Device
 from attn_rewriter.report import SiteReport
 from tests.accuracy import error, rounding_unit
 from tests.models import NothingNarrowed
+from tests.running import gradients
 from tests.zoo.configs import model_class
 from tests.zoo.models import Inputs, Subject, cast, configs_of, in_type, subjects
 from tests.zoo.sites import Counted, count
@@ -265,24 +266,24 @@ def _trained(made: Subject) -> Row:
     model = without_dropout(made.model).train()
     given = made.inputs()
     try:
-        eager = gradients(model, model, given)
+        eager = step(model, model, given)
     except Exception as failure:
         return {"verdict": "not run", "detail": f"eager raises {said(failure)}"}
     try:
         double = exactly(model)
         with NothingNarrowed():
-            exact = gradients(double, double, cast(given, torch.float64))
+            exact = step(double, double, cast(given, torch.float64))
     except Exception:
         exact = {k: x.double() for k, x in eager.items()}
     backend = rewriter()
     try:
-        mine = gradients(model, compiled(model, backend), given)
+        mine = step(model, compiled(model, backend), given)
     except Exception as failure:
         return {"verdict": "CRASH" if _runs_plain(model, given) else "not compiled", "detail": said(failure)}
 
     def moved() -> Tensors:
         other = nudged(model, torch.float32)
-        return gradients(other, other, given)
+        return step(other, other, given)
 
     fused = {"fused": sum(site.kernel is not None for site in backend.report.sites)}
     return judge(mine, eager, exact, moved).to_dict() | fused
@@ -302,25 +303,10 @@ def without_dropout(model: Any) -> Any:
     return model
 
 
-def gradients(model: Any, call: Callable[..., Any], given: Inputs) -> Tensors:
-    """Of every module, the gradients of its own parameters together, for a fixed weighting of all outputs: weight and
-    bias of a linear layer are one matrix, and share a rounding unit."""
-    model.zero_grad()
+def step(model: Any, call: Callable[..., Any], given: Inputs) -> Tensors:
+    """A training step's gradients, for all outputs of a call."""
     seed()
-    found = [x for _, x in _tensors(call(**given), "", detach=False) if x.requires_grad]
-    torch.stack([(x.double() * _cotangent(x)).sum() for x in found]).sum().backward()
-    result = {}
-    for name, module in model.named_modules():
-        held = [p.grad.flatten() for p in module.parameters(recurse=False) if p.grad is not None and p.ndim]
-        if held:
-            result[name] = torch.cat(held)
-    return result
-
-
-def _cotangent(x: torch.Tensor) -> torch.Tensor:
-    """A random gradient for an output, exact in every type."""
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float32)
-    return noise.bfloat16().double()
+    return gradients(model, [x for _, x in _tensors(call(**given), "", detach=False) if x.requires_grad])
 
 
 def _looked_at(made: Subject) -> Row:
