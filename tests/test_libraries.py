@@ -17,7 +17,7 @@ from attn_rewriter import Backend, Device, Options, Report
 from attn_rewriter.api import compile_in_place
 from tests.accuracy import assert_as_accurate
 from tests.libraries import MODELS, Model
-from tests.models import NothingNarrowed
+from tests.models import NothingNarrowed, randomize
 from tests.running import gradients
 
 models = pytest.mark.parametrize("name", list(MODELS))
@@ -37,18 +37,11 @@ def _fresh_dynamo() -> Iterator[None]:
 
 
 def build(model: Model, dtype: torch.dtype) -> nn.Module:
-    """The same random weights in every type, exact in all of them: none zero, and no softmax near uniform."""
+    """A model with the same random weights in every type, exact in all of them."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         built = model.build()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in built.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim >= 2:
-                parameter.copy_(noise * (2 / parameter[0].numel()) ** 0.5)
-            else:
-                parameter.add_(noise * 0.1)
+    randomize(built)
     return built.bfloat16().to(dtype).train(model.training)
 
 
