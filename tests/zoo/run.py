@@ -309,20 +309,27 @@ def step(model: Any, call: Callable[..., Any], given: Inputs) -> Tensors:
     return gradients(model, [x for _, x in _tensors(call(**given), "", detach=False) if x.requires_grad])
 
 
-def _looked_at(made: Subject) -> Row:
-    """One run in float32, and one with padding."""
-    row: Row = {"runs": {}, "sites": [], "adds_breaks": False}
+def _given(made: Subject, row: Row) -> Iterator[tuple[str, Inputs, Tensors, str]]:
+    """Inputs without and with padding: a suffix for their runs' names, the inputs, their truth and a remark on it. Of
+    inputs that have no truth, the row says so."""
     for padding in (False, True)[: 1 + made.takes_padding]:
         given = made.inputs(padding)
         try:
-            exact, _ = truth(made, given)
+            exact, remark = truth(made, given)
         except Exception as failure:
             row["runs"]["padding"] = {"verdict": "not run", "detail": said(failure)}
-            continue
+        else:
+            yield ", padding" if padding else "", given, exact, remark
+
+
+def _looked_at(made: Subject) -> Row:
+    """One run in float32, and one with padding."""
+    row: Row = {"runs": {}, "sites": [], "adds_breaks": False}
+    for padding, given, exact, _ in _given(made, row):
         result, sites = _run(made, given, torch.float32, exact)
         if result.get("graphs", (1, 0))[1]:  # else there is none to add
             row["adds_breaks"] |= result["graphs"] != plainly(made.model, given)
-        row["runs"]["float32, padding" if padding else "float32"] = result
+        row["runs"][f"float32{padding}"] = result
         known = [site["source"] for site in row["sites"] if site["computes"] is None]
         sites = [s for s in sites if not padding or (s["computes"] is None and s["source"] not in known)]
         row["sites"] += aggregated(sites)
@@ -334,17 +341,11 @@ def _checked(made: Subject) -> Row:
     row = _plain(made)
     row["runs"] = {}
     sites: list[Row] = []
-    for padding in (False, True)[: 1 + made.takes_padding]:
-        given = made.inputs(padding)
-        try:
-            exact, remark = truth(made, given)
-        except Exception as failure:
-            row["runs"]["padding"] = {"verdict": "not run", "detail": said(failure)}
-            continue
+    for padding, given, exact, remark in _given(made, row):
         if remark:
             row["truth"] = remark
         for kind, dtype in _TYPES.items():
-            run = f"{kind}, padding" if padding else kind
+            run = f"{kind}{padding}"
             row["runs"][run], found = _run(made, given, dtype, exact)
             if run == "float32":
                 sites = found
