@@ -11,12 +11,16 @@ import torch
 from attn_rewriter.device import Device
 from attn_rewriter.errors import KernelUnavailable, Refusal
 from attn_rewriter.kernels import KERNELS, Kernel
-from attn_rewriter.spec import AttentionSpec, Shapes
+from attn_rewriter.kernels.flash import flash_form
+from attn_rewriter.measured import ranking
+from attn_rewriter.spec import EVERY_KEY, AttentionSpec, Shapes
 
 Request = Union[str, Sequence[str]]
 
 FEW_QUERIES, SHORT = 127, 512
 """Less than a block of FlexAttention, and a few of them."""
+
+FLASH = ("fa4", "fa3", "fa2")
 
 
 @dataclass(frozen=True)
@@ -30,18 +34,33 @@ class Choice:
 def order(spec: AttentionSpec, shapes: Shapes, device: Device) -> tuple[str, ...]:
     """The kernels to try in automatic mode, the preferred one first.
 
-    SDPA's kernels are the fastest where the scores are nothing but scaled and causal. On CUDA they read a mask or bias
-    whole, where FlexAttention leaves out what is masked; for a few queries there is nothing to leave out, and up to a
-    few blocks of keys and no bias it takes longer to find out what (`examples/benchmark_forms.py`). In float32 its
-    backward pass has tiles of 16, whatever the card.
+    On CUDA: where scores are nothing but scaled and causal, as measured (`attn_rewriter/measured.py`), else SDPA first.
+    Windows and softcaps go to flash-attention. SDPA's kernels read any other mask or bias whole, where FlexAttention
+    leaves out what is masked; for a few queries there is nothing to leave out, and up to a few blocks of keys and no
+    bias it takes longer to find out what (`python -m attn_rewriter bench masks`). In float32 its backward pass has
+    tiles of 16, whatever the card.
     """
+    if device.type != "cuda":
+        return _in_order("sdpa", "flex")
+    few = isinstance(shapes.q_len, int) and shapes.q_len <= FEW_QUERIES
+    if spec.is_plain(shapes):
+        causal = spec.keep.within(shapes.q_len, shapes.kv_len) != EVERY_KEY
+        return _in_order(*(() if few else ranking(shapes, causal, device)), "sdpa")
+    if few:
+        return _in_order("sdpa", "flex")
     form = spec.affine()
-    if isinstance(form, str) or spec.is_plain(shapes) or device.type != "cuda":
-        return ("sdpa", "flex")
-    unbiased = not form.biases and spec.sinks is None
-    few = isinstance(shapes.q_len, int) and shapes.q_len <= (SHORT if unbiased else FEW_QUERIES)
+    flash = flash_form(spec, shapes)
+    if not isinstance(flash, str):
+        return _in_order(*FLASH, "flex", "sdpa")
+    unbiased = not isinstance(form, str) and not form.biases and spec.sinks is None
+    short = unbiased and isinstance(shapes.q_len, int) and shapes.q_len <= SHORT
     wide = (shapes.product_dtype or shapes.dtype) == torch.float32
-    return ("sdpa", "flex") if few or wide else ("flex", "sdpa")
+    return _in_order("sdpa", "flex") if short or wide else _in_order("flex_fa4", "flex", "sdpa")
+
+
+def _in_order(*first: str) -> tuple[str, ...]:
+    """These kernels, then the others that are chosen automatically."""
+    return tuple(dict.fromkeys([*first, *(name for name in KERNELS if name != "reference")]))
 
 
 def requested(kernel: Request) -> tuple[str, ...] | None:

@@ -115,26 +115,31 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def build(name: str, attention: str, dtype: torch.dtype = torch.float32) -> Any:
-    """The same random weights for every `attention` and `dtype`: none of them zero, and large enough that a softmax
-    is far from uniform."""
+    """A model with the same random weights for every `attention` and `dtype`."""
     architecture = ARCHITECTURES[name]
     config = transformers.AutoConfig.for_model(name, **architecture.config)
     auto = getattr(transformers, "AutoModel" + (f"For{architecture.auto}" if architecture.auto else ""))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = auto.from_config(config, attn_implementation=attention, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim >= 2:
-                parameter.copy_(noise * (2 / parameter[0].numel()) ** 0.5)
-            else:
-                parameter.add_(noise * 0.1)
+    randomize(model)
     if dtype != torch.float32:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
     return model.eval()
+
+
+@torch.no_grad()
+def randomize(model: torch.nn.Module) -> None:
+    """Fill a model with random weights: none of them zero, and large enough that a softmax is far from uniform."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim >= 2:
+                parameter.copy_(noise * (2 / max(1, parameter[0].numel())) ** 0.5)
+            else:
+                parameter.add_(noise * 0.1)
 
 
 def inputs(

@@ -66,6 +66,29 @@ def rewritten(
     return torch.compile(function, backend=backend, dynamic=dynamic), lambda: backend.report
 
 
+def gradients(model: torch.nn.Module, outputs: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The gradients of a fixed weighting of a model's outputs, one tensor for each module. The model holds none before
+    and after.
+
+    A module's own parameters are taken together because weight and bias of a linear layer are one matrix `[W | b]`,
+    and share a rounding unit. (The bias of a key projection alone has a gradient that is zero but for rounding: it
+    shifts all scores of a row alike.) Single numbers are left out: CLIP's `logit_scale`, a sum over the logits.
+    """
+    torch.stack([(x.double() * _cotangent(x)).sum() for x in outputs]).sum().backward()
+    found = {
+        name: [p.grad.flatten() for p in module.parameters(recurse=False) if p.grad is not None and p.ndim]
+        for name, module in model.named_modules()
+    }
+    model.zero_grad()
+    return {name: torch.cat(parts) for name, parts in found.items() if parts}
+
+
+def _cotangent(x: torch.Tensor) -> torch.Tensor:
+    """A random gradient for an output, exact in every type."""
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float32)
+    return noise.bfloat16().double()
+
+
 def joined(draws: Iterable[Any]) -> Any:
     """Several results of the same nesting as one, their tensors stacked."""
     first, *rest = draws

@@ -17,7 +17,8 @@ from attn_rewriter import Backend, Device, Options, Report
 from attn_rewriter.api import compile_in_place
 from tests.accuracy import assert_as_accurate
 from tests.libraries import MODELS, Model
-from tests.models import NothingNarrowed
+from tests.models import NothingNarrowed, randomize
+from tests.running import gradients
 
 models = pytest.mark.parametrize("name", list(MODELS))
 
@@ -36,18 +37,11 @@ def _fresh_dynamo() -> Iterator[None]:
 
 
 def build(model: Model, dtype: torch.dtype) -> nn.Module:
-    """The same random weights in every type, exact in all of them: none zero, and no softmax near uniform."""
+    """A model with the same random weights in every type, exact in all of them."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         built = model.build()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in built.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim >= 2:
-                parameter.copy_(noise * (2 / parameter[0].numel()) ** 0.5)
-            else:
-                parameter.add_(noise * 0.1)
+    randomize(built)
     return built.bfloat16().to(dtype).train(model.training)
 
 
@@ -65,7 +59,7 @@ def outputs(result: Any) -> list[torch.Tensor]:
 
 
 def run(built: nn.Module, draws: list[dict[str, Any]], *, training: bool) -> dict[str, dict[str, torch.Tensor]]:
-    """Outputs, and in training the gradients of a module's parameters together, the draws stacked."""
+    """Outputs, and gradients in training, the draws stacked."""
     results = [_step(built, given, training) for given in draws]
     return {
         kind: {key: torch.stack([r[kind][key] for r in results]) for key in results[0][kind]} for kind in results[0]
@@ -73,22 +67,12 @@ def run(built: nn.Module, draws: list[dict[str, Any]], *, training: bool) -> dic
 
 
 def _step(built: nn.Module, given: dict[str, Any], training: bool) -> dict[str, dict[str, torch.Tensor]]:
-    built.zero_grad()
     with torch.set_grad_enabled(training):
         found = outputs(built(**given))
-    gradients = {}
-    if training:
-        torch.stack([(x.double() * _cotangent(x)).sum() for x in found]).sum().backward()
-        for name, module in built.named_modules():
-            held = [p.grad.flatten() for p in module.parameters(recurse=False) if p.grad is not None and p.ndim]
-            if held:
-                gradients[name] = torch.cat(held)
-    return {"outputs": {str(i): x.detach() for i, x in enumerate(found)}, "gradients": gradients}
-
-
-def _cotangent(x: torch.Tensor) -> torch.Tensor:
-    """A random gradient for an output, exact in every type."""
-    return torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).bfloat16().double()
+    return {
+        "outputs": {str(i): x.detach() for i, x in enumerate(found)},
+        "gradients": gradients(built, found) if training else {},
+    }
 
 
 def compiled(built: nn.Module, model: Model, compiler: str = "eager") -> Backend:

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 import attn_rewriter
 from tests.accuracy import assert_as_accurate, error, rounding_unit
 from tests.models import ARCHITECTURES, NothingNarrowed, build, inputs
+from tests.running import gradients
 
 transformers.logging.set_verbosity_error()
 
@@ -47,10 +48,7 @@ def _fresh_dynamo() -> Iterator[None]:
 def run(model: Any, draws: Sequence[Inputs], *, autocast: bool = False) -> Result:
     """The outputs and gradients of a training step for each draw of the inputs, without what belongs to padding.
 
-    The draws of one tensor are compared as one, because the error of a few elements is mostly luck. For the same
-    reason a gradient is that of a module's parameters together: weight and bias of a linear layer are one matrix
-    `[W | b]`, and share a rounding unit. (The bias of a key projection alone has a gradient that is zero but for
-    rounding: it shifts all scores of a row alike.)
+    The draws of one tensor are compared as one, because the error of a few elements is mostly luck.
     """
     results = [_step(model, given, autocast) for given in draws]
     return {
@@ -59,12 +57,10 @@ def run(model: Any, draws: Sequence[Inputs], *, autocast: bool = False) -> Resul
 
 
 def _step(model: Any, given: Inputs, autocast: bool) -> Result:
-    model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         outputs = model(**given)
     kept = dict(_without_padding(outputs, given))
-    torch.stack([(x.double() * _cotangent(x)).sum() for x in kept.values()]).sum().backward()
-    return {"outputs": {name: x.detach() for name, x in kept.items()}, "gradients": dict(_gradients(model))}
+    return {"outputs": {name: x.detach() for name, x in kept.items()}, "gradients": gradients(model, kept.values())}
 
 
 def _without_padding(outputs: Any, given: Inputs) -> Iterator[tuple[str, torch.Tensor]]:
@@ -76,20 +72,6 @@ def _without_padding(outputs: Any, given: Inputs) -> Iterator[tuple[str, torch.T
         if isinstance(x, torch.Tensor):
             mask = masks.get(name)
             yield name, x if mask is None else x[mask.bool()]
-
-
-def _cotangent(x: torch.Tensor) -> torch.Tensor:
-    """A random gradient for an output, exact in every type."""
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float32)
-    return noise.bfloat16().double()
-
-
-def _gradients(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """All gradients but that of a single number: CLIP's `logit_scale`, a sum over the logits."""
-    for name, module in model.named_modules():
-        gradients = [p.grad.flatten() for p in module.parameters(recurse=False) if p.grad is not None and p.ndim]
-        if gradients:
-            yield name, torch.cat(gradients)
 
 
 def draws(name: str, padding: str = "", **shape: int) -> list[Inputs]:

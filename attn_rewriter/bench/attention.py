@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -256,6 +257,22 @@ def tables(results: Results, cases: list[Case], kernels: list[str]) -> list[run.
     return [table for table in named if table[2]]
 
 
+def shipped(results: Results, cases: list[Case]) -> dict[str, Any]:
+    """What `attn_rewriter.measured` reads: the milliseconds of every kernel, by case."""
+    cells: list[dict[str, Any]] = []
+    for case in cases:
+        times = {way: _times(results, case, way) for way in DIRECTIONS}
+        sizes = {"head_dim": case.head_dim, "length": case.length, "causal": case.causal, "groups": case.groups}
+        if any(times.values()):
+            cells.append(sizes | times)
+    return {"setup": results.data["setup"], "commands": results.data["commands"], "cells": cells}
+
+
+def _times(results: Results, case: Case, direction: str) -> dict[str, float]:
+    cells = {kernel: results.get(column(case, direction), kernel) for kernel in run.NAMED}
+    return {kernel: round(cell["ms"], 4) for kernel, cell in cells.items() if "ms" in cell}
+
+
 # --------------------------------------------------------------------------------------------- plot
 
 
@@ -316,6 +333,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head-dims", nargs="+", type=positive, metavar="N", help=f"{FULL.head_dims}")
     parser.add_argument("--lengths", nargs="+", type=positive, metavar="N", help=f"{FULL.lengths}")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw TFLOP/s over the length")
+    parser.add_argument("--ship", type=Path, metavar="FILE", help="write the table that kernels are chosen by")
 
 
 def grid(sizes: Sizes, head_dims: list[int] | None, lengths: list[int] | None) -> list[Case]:
@@ -353,6 +371,8 @@ def main(options: argparse.Namespace) -> int:
     run.show(results, tables(results, cases, options.kernels), known, options.markdown)
     if options.plot and results.data["cells"]:
         plot(results, cases, options.kernels, options.plot)
+    if options.ship:
+        options.ship.write_text(json.dumps(shipped(results, cases), indent=1) + "\n")
     return int(results.failures() > 0)
 
 

@@ -11,19 +11,23 @@ attend to; equal ones become one, so that all layers share it. A `flex_attention
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import accumulate
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch._higher_order_ops.flex_attention import flex_attention as operator
+from torch._higher_order_ops.flex_attention import flex_attention
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.overrides import handle_torch_function, has_torch_function
 
 from attn_rewriter.device import Device
 from attn_rewriter.kernels.base import Kernel, Limits, Tensors, number
+from attn_rewriter.kernels.fa4 import FA4
+from attn_rewriter.kernels.flash import HALF, missing
 from attn_rewriter.kernels.masking import element, holds, modified
 from attn_rewriter.spec import (
     EVERY_KEY,
@@ -34,6 +38,7 @@ from attn_rewriter.spec import (
     Scale,
     ScaleBy,
     Shapes,
+    same,
 )
 
 _BLOCK = 128
@@ -46,6 +51,7 @@ class Flex(Kernel):
 
     name = "flex"
     needs_inductor = True
+    backend: ClassVar[str] = "AUTO"
     limits = Limits(
         devices=frozenset({"cpu", "cuda"}),
         min_capability=(8, 0),
@@ -100,6 +106,7 @@ class Flex(Kernel):
             scale,
             shapes.needs_backward or spec.sinks is not None,
             dtype != torch.float32,
+            self.backend,
         )
         small = device.type == "cuda" and min(shapes.head_dim, shapes.head_dim_v) < _MIN_HEAD_DIM
         if small:
@@ -116,7 +123,30 @@ class Flex(Kernel):
         return output
 
 
-def _tuned(query: torch.Tensor, value: torch.Tensor, captured: Sequence[torch.Tensor]) -> dict[str, Any]:
+class FlexFA4(Flex):
+    """Masks of any kind with FlexAttention's FLASH backend: flash-attention 4 that skips the blocks without keys."""
+
+    name = "flex_fa4"
+    backend = "FLASH"
+    limits = replace(Flex.limits, devices=frozenset({"cuda"}), min_capability=(9, 0), dtypes=HALF, max_head_dim=128)
+
+    def refusals(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> list[str]:
+        reasons = super().refusals(spec, shapes, device)
+        form = spec.affine()
+        if isinstance(form, str) or form.biases or spec.sinks is not None:
+            reasons.append("computes scaled scores alone, under a mask")
+        if shapes.is_dynamic:
+            reasons.append("takes fixed sizes")
+        if not same(shapes.head_dim, shapes.head_dim_v) or shapes.head_dim % 8:
+            reasons.append("query and value have one head_dim, a multiple of 8")
+        if shapes.needs_backward and torch.are_deterministic_algorithms_enabled():
+            reasons.append("has no deterministic backward pass")
+        if not reasons and (absent := missing(FA4.distribution, FA4.module, FA4.at_least)):
+            reasons.append(absent)
+        return reasons
+
+
+def _tuned(query: torch.Tensor, value: torch.Tensor, captured: Sequence[Any]) -> dict[str, Any]:
     """Options of the Triton kernels (`FlexKernelOptions`) where PyTorch's own choice is a bad one.
 
     It does not count what the tiles of masks and biases take of the shared memory, for each stage of the pipeline: too
@@ -126,7 +156,7 @@ def _tuned(query: torch.Tensor, value: torch.Tensor, captured: Sequence[torch.Te
         return {}
     capability = torch.cuda.get_device_capability(query.device)
     head_dim = max(query.size(-1), value.size(-1))
-    tiles = sum(1 for x in captured if x.ndim > 1 and x.size(-1) != 1 and x.size(-2) != 1)
+    tiles = sum(1 for x in captured if _is_tile(x))
     if tiles or (head_dim > 128 and head_dim & (head_dim - 1)):
         return {"num_stages": 2 if tiles <= 2 and capability in _LARGE_SHARED_MEMORY else 1}
     many = statically_known_true(query.size(-2) >= _BLOCK)  # else PyTorch takes its kernel for decoding
@@ -134,6 +164,11 @@ def _tuned(query: torch.Tensor, value: torch.Tensor, captured: Sequence[torch.Te
         forward = {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_stages": 2, "fwd_num_warps": 8}
         return {**forward, "bwd_num_stages": 2, "bwd_num_warps": 8}
     return {}
+
+
+def _is_tile(x: Any) -> bool:
+    """Whether a captured tensor varies over queries and keys."""
+    return isinstance(x, torch.Tensor) and x.ndim > 1 and x.size(-1) != 1 and x.size(-2) != 1
 
 
 _LARGE_SHARED_MEMORY = {(8, 0), (9, 0), (10, 0), (10, 3)}
@@ -160,6 +195,25 @@ def _in_memory(x: torch.Tensor) -> torch.Tensor:
 @_in_memory.register_fake
 def _(x: torch.Tensor) -> torch.Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+class _RowMajor(torch.autograd.Function):
+    """The same tensor, computed before it is read, and laid out with its keys next to each other in memory.
+
+    Else Inductor computes a captured tensor again for every score that reads it, such as T5's two lookups, or reads and
+    adds up its gradient with a stride: three times as slow as the attention on an H200.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        import torch._inductor.inductor_prims  # registers the operator; takes seconds where Inductor is not in use
+
+        strides = [*accumulate(reversed(x.shape[1:]), operator.mul, initial=1)]
+        return torch.ops.prims.inductor_force_stride_order.default(x, strides[::-1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
 
 
 class _Node:
@@ -215,6 +269,7 @@ class _Attend(_Node):
     scale: float
     logsumexp: bool
     half: bool
+    backend: str
     __name__ = "flex_attention"
 
     def run(
@@ -234,6 +289,10 @@ class _Attend(_Node):
             query, key, value = (_in_memory(x) for x in (query, key, value))
             sizes = (x if isinstance(x, torch.Tensor) else torch.full((), x, dtype=torch.int64) for x in masks)
             masks, buffers = (tuple(_in_memory(x) for x in held) for held in (sizes, buffers))
+        elif query.device.type == "cuda":
+            masks, buffers = (
+                tuple(_RowMajor.apply(x) if _is_tile(x) else x for x in held) for held in (masks, buffers)
+            )
         if blocks is None:
             one = torch.ones(1, 1, 1, dtype=torch.int32, device=query.device)
             block_mask = BlockMask.from_kv_blocks(one, one.unsqueeze(-1) * 0, BLOCK_SIZE=_WHOLE, seq_lengths=(1, 1))
@@ -241,16 +300,16 @@ class _Attend(_Node):
             lengths = (query.size(-2), key.size(-2))
             block_mask = BlockMask(lengths, *blocks, (_BLOCK, _BLOCK), self.mask_mod)  # type: ignore[call-arg, arg-type]
         options = {
-            "BACKEND": "AUTO",
+            "BACKEND": self.backend,
             "PRESCALE_QK": False,
             "ROWS_GUARANTEED_SAFE": False,
             "BLOCKS_ARE_CONTIGUOUS": False,
             "WRITE_DQ": True,
             "OUTPUT_LOGSUMEXP": self.logsumexp,
             "OUTPUT_MAX": False,
-            **_tuned(query, value, [x for x in (*buffers, *masks) if isinstance(x, torch.Tensor)]),
+            **({} if self.backend == "FLASH" else _tuned(query, value, [*buffers, *masks])),
         }
-        output, logsumexp, _ = operator(
+        output, logsumexp, _ = flex_attention(
             query, key, value, self.score_mod, block_mask.as_tuple(), self.scale, options, buffers, masks
         )
         return output, logsumexp

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from tests.models import randomize
 from tests.zoo.configs import BATCH, FRAMES, LENGTH, LEVELS, MEL, PATCH, model_class, parts, tiny
 
 Inputs = dict[str, Any]
@@ -44,23 +45,18 @@ def parameters(model: Any) -> dict[str, inspect.Parameter]:
 
 
 def build(config: Any, cls: type) -> Any:
-    """Random weights, none of them zero, and large enough that a softmax is far from uniform."""
+    """A model with random weights that are exact in bfloat16."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = copy.deepcopy(config)
         config._attn_implementation = "eager"
         make = getattr(cls, "_from_config", cls)
         model = make(config, attn_implementation="eager") if make is not cls else cls(config)
-    generator = torch.Generator().manual_seed(0)
+    randomize(model)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.is_floating_point():
-                noise = torch.randn(parameter.shape, generator=generator)
-                if parameter.ndim >= 2:
-                    parameter.copy_(noise * (2 / max(1, parameter[0].numel())) ** 0.5)
-                else:
-                    parameter.add_(noise * 0.1)
-            parameter.copy_(parameter.bfloat16().float() if parameter.is_floating_point() else parameter)
+                parameter.copy_(parameter.bfloat16())
     return model.float().eval()
 
 

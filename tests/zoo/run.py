@@ -25,6 +25,7 @@ from attn_rewriter.device import Device
 from attn_rewriter.report import SiteReport
 from tests.accuracy import error, rounding_unit
 from tests.models import NothingNarrowed
+from tests.running import gradients
 from tests.zoo.configs import model_class
 from tests.zoo.models import Inputs, Subject, cast, configs_of, in_type, subjects
 from tests.zoo.sites import Counted, count
@@ -265,24 +266,24 @@ def _trained(made: Subject) -> Row:
     model = without_dropout(made.model).train()
     given = made.inputs()
     try:
-        eager = gradients(model, model, given)
+        eager = step(model, model, given)
     except Exception as failure:
         return {"verdict": "not run", "detail": f"eager raises {said(failure)}"}
     try:
         double = exactly(model)
         with NothingNarrowed():
-            exact = gradients(double, double, cast(given, torch.float64))
+            exact = step(double, double, cast(given, torch.float64))
     except Exception:
         exact = {k: x.double() for k, x in eager.items()}
     backend = rewriter()
     try:
-        mine = gradients(model, compiled(model, backend), given)
+        mine = step(model, compiled(model, backend), given)
     except Exception as failure:
         return {"verdict": "CRASH" if _runs_plain(model, given) else "not compiled", "detail": said(failure)}
 
     def moved() -> Tensors:
         other = nudged(model, torch.float32)
-        return gradients(other, other, given)
+        return step(other, other, given)
 
     fused = {"fused": sum(site.kernel is not None for site in backend.report.sites)}
     return judge(mine, eager, exact, moved).to_dict() | fused
@@ -302,41 +303,33 @@ def without_dropout(model: Any) -> Any:
     return model
 
 
-def gradients(model: Any, call: Callable[..., Any], given: Inputs) -> Tensors:
-    """Of every module, the gradients of its own parameters together, for a fixed weighting of all outputs: weight and
-    bias of a linear layer are one matrix, and share a rounding unit."""
-    model.zero_grad()
+def step(model: Any, call: Callable[..., Any], given: Inputs) -> Tensors:
+    """A training step's gradients, for all outputs of a call."""
     seed()
-    found = [x for _, x in _tensors(call(**given), "", detach=False) if x.requires_grad]
-    torch.stack([(x.double() * _cotangent(x)).sum() for x in found]).sum().backward()
-    result = {}
-    for name, module in model.named_modules():
-        held = [p.grad.flatten() for p in module.parameters(recurse=False) if p.grad is not None and p.ndim]
-        if held:
-            result[name] = torch.cat(held)
-    return result
+    return gradients(model, [x for _, x in _tensors(call(**given), "", detach=False) if x.requires_grad])
 
 
-def _cotangent(x: torch.Tensor) -> torch.Tensor:
-    """A random gradient for an output, exact in every type."""
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float32)
-    return noise.bfloat16().double()
+def _given(made: Subject, row: Row) -> Iterator[tuple[str, Inputs, Tensors, str]]:
+    """Inputs without and with padding: a suffix for their runs' names, the inputs, their truth and a remark on it. Of
+    inputs that have no truth, the row says so."""
+    for padding in (False, True)[: 1 + made.takes_padding]:
+        given = made.inputs(padding)
+        try:
+            exact, remark = truth(made, given)
+        except Exception as failure:
+            row["runs"]["padding"] = {"verdict": "not run", "detail": said(failure)}
+        else:
+            yield ", padding" if padding else "", given, exact, remark
 
 
 def _looked_at(made: Subject) -> Row:
     """One run in float32, and one with padding."""
     row: Row = {"runs": {}, "sites": [], "adds_breaks": False}
-    for padding in (False, True)[: 1 + made.takes_padding]:
-        given = made.inputs(padding)
-        try:
-            exact, _ = truth(made, given)
-        except Exception as failure:
-            row["runs"]["padding"] = {"verdict": "not run", "detail": said(failure)}
-            continue
+    for padding, given, exact, _ in _given(made, row):
         result, sites = _run(made, given, torch.float32, exact)
         if result.get("graphs", (1, 0))[1]:  # else there is none to add
             row["adds_breaks"] |= result["graphs"] != plainly(made.model, given)
-        row["runs"]["float32, padding" if padding else "float32"] = result
+        row["runs"][f"float32{padding}"] = result
         known = [site["source"] for site in row["sites"] if site["computes"] is None]
         sites = [s for s in sites if not padding or (s["computes"] is None and s["source"] not in known)]
         row["sites"] += aggregated(sites)
@@ -348,17 +341,11 @@ def _checked(made: Subject) -> Row:
     row = _plain(made)
     row["runs"] = {}
     sites: list[Row] = []
-    for padding in (False, True)[: 1 + made.takes_padding]:
-        given = made.inputs(padding)
-        try:
-            exact, remark = truth(made, given)
-        except Exception as failure:
-            row["runs"]["padding"] = {"verdict": "not run", "detail": said(failure)}
-            continue
+    for padding, given, exact, remark in _given(made, row):
         if remark:
             row["truth"] = remark
         for kind, dtype in _TYPES.items():
-            run = f"{kind}, padding" if padding else kind
+            run = f"{kind}{padding}"
             row["runs"][run], found = _run(made, given, dtype, exact)
             if run == "float32":
                 sites = found

@@ -1,0 +1,41 @@
+"""flash-attention 2 (https://arxiv.org/abs/2307.08691, https://github.com/Dao-AILab/flash-attention)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attn_rewriter.kernels.base import Limits
+from attn_rewriter.kernels.flash import HALF, Flash, How, Kept
+
+
+class FA2(Flash):
+    """Causal, windows, softcap, dropout and GQA, from Ampere on."""
+
+    name = "fa2"
+    distribution = "flash-attn"
+    module = "flash_attn.flash_attn_interface"
+    at_least = "2.7"  # its functions have had these arguments since; 2.0 aligned causal with the first query and key
+    has_dropout = True
+    limits = Limits(
+        devices=frozenset({"cuda"}), min_capability=(8, 0), dtypes=HALF, max_head_dim=256, max_blocks=2**16 - 1
+    )
+
+    @staticmethod
+    def forward(query: Tensor, key: Tensor, value: Tensor, how: How) -> tuple[Tensor, Tensor, Tensor | None]:
+        from flash_attn.flash_attn_interface import _flash_attn_forward
+
+        output, logsumexp, _, random = _flash_attn_forward(
+            query, key, value, how.dropout_p, how.scale, how.causal, *how.window, how.softcap, None, False
+        )
+        return output, logsumexp, random
+
+    @staticmethod
+    def backward(gradient: Tensor, kept: Kept, how: How) -> tuple[Tensor, Tensor, Tensor]:
+        from flash_attn.flash_attn_interface import _flash_attn_backward
+
+        found = tuple(x.new_empty(x.shape) for x in kept[:3])
+        numbers = how.dropout_p, how.scale, how.causal, *how.window, how.softcap
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        _flash_attn_backward(gradient, *kept[:5], *found, *numbers, None, deterministic, kept.random)
+        return found  # type: ignore[return-value]

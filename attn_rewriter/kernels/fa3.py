@@ -1,0 +1,61 @@
+"""flash-attention 3 for Hopper (https://arxiv.org/abs/2407.08608).
+
+Written against the published signatures of its `flash_attn_interface` and tested with a stand-in of that module: there
+is no package of it in the registries, and it was never run here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attn_rewriter.device import Device
+from attn_rewriter.kernels.base import Limits
+from attn_rewriter.kernels.flash import HALF, Flash, How, Kept
+from attn_rewriter.spec import AttentionSpec, Shapes
+
+
+class FA3(Flash):
+    """Causal, windows, softcap and GQA, on Hopper alone."""
+
+    name = "fa3"
+    distribution = "flash-attn-3"
+    module = "flash_attn_interface"
+    at_least = "3.0.0b1"
+    limits = Limits(
+        devices=frozenset({"cuda"}), min_capability=(9, 0), dtypes=HALF, max_head_dim=256, max_blocks=2**16 - 1
+    )
+
+    def refusals(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> list[str]:
+        reasons = super().refusals(spec, shapes, device)
+        if device.type == "cuda" and (device.capability or (0, 0)) >= (10, 0):
+            reasons.insert(0, f"is for sm_90, this is {device}")
+        return reasons
+
+    @staticmethod
+    def forward(query: Tensor, key: Tensor, value: Tensor, how: How) -> tuple[Tensor, Tensor, Tensor | None]:
+        from flash_attn_interface import _flash_attn_forward
+
+        # No new keys, output, lengths, pages, rotary embedding nor scales of fp8: 20 arguments that have no default.
+        output, logsumexp, *_ = _flash_attn_forward(
+            query, key, value, *[None] * 20, how.scale, how.causal, window_size=how.window, softcap=how.softcap
+        )
+        return output, logsumexp, None
+
+    @staticmethod
+    def backward(gradient: Tensor, kept: Kept, how: How) -> tuple[Tensor, Tensor, Tensor]:
+        from flash_attn_interface import _flash_attn_backward
+
+        found = tuple(x.new_empty(x.shape) for x in kept[:3])
+        _flash_attn_backward(
+            gradient,
+            *kept[:5],
+            *[None] * 6,  # lengths
+            *found,
+            how.scale,
+            how.causal,
+            window_size=how.window,
+            softcap=how.softcap,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
+        return found  # type: ignore[return-value]

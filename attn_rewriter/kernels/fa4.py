@@ -1,0 +1,73 @@
+"""flash-attention 4, in CuTe DSL (https://github.com/Dao-AILab/flash-attention/tree/main/flash_attn/cute).
+
+Its kernels are compiled on their first call, which takes seconds, once for each head_dim, type, mask and grouping of
+heads. FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1 makes it keep them on disk.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attn_rewriter.device import Device
+from attn_rewriter.kernels.base import Limits
+from attn_rewriter.kernels.flash import HALF, Flash, How, Kept
+from attn_rewriter.spec import AttentionSpec, Shapes
+
+
+class FA4(Flash):
+    """Causal, windows, softcap and GQA; backward from Hopper on."""
+
+    name = "fa4"
+    distribution = "flash-attn-4"
+    module = "flash_attn.cute.interface"
+    at_least = "4.0.0b30"
+    limits = Limits(
+        devices=frozenset({"cuda"}), min_capability=(8, 0), dtypes=HALF, max_head_dim=256, max_blocks=2**16 - 1
+    )
+
+    def refusals(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> list[str]:
+        reasons = super().refusals(spec, shapes, device)
+        generation = (device.capability or (9, 0))[0]
+        if generation == 8 and shapes.needs_backward:
+            reasons.append(f"has a backward pass from sm_90 on, this is {device}")
+        large = isinstance(shapes.head_dim, int) and shapes.head_dim > 128
+        if large and not (generation == 9 or (generation in (10, 11) and shapes.head_dim == 256)):
+            reasons.append(f"head_dim is at most 128 on {device}, here {shapes.head_dim}")
+        return reasons
+
+    @staticmethod
+    def forward(query: Tensor, key: Tensor, value: Tensor, how: How) -> tuple[Tensor, Tensor, Tensor | None]:
+        from flash_attn.cute.interface import _flash_attn_fwd
+
+        output, logsumexp, *_ = _flash_attn_fwd(
+            query, key, value, softcap=how.softcap or None, return_lse=True, **_common(how)
+        )
+        return output, logsumexp, None
+
+    @staticmethod
+    def backward(gradient: Tensor, kept: Kept, how: How) -> tuple[Tensor, Tensor, Tensor]:
+        from flash_attn.cute.interface import _flash_attn_bwd
+
+        found = tuple(x.new_empty(x.shape) for x in kept[:3])
+        _flash_attn_bwd(
+            *kept[:4],
+            gradient,
+            kept.logsumexp,
+            softcap=how.softcap,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            **dict(zip(("dq", "dk", "dv"), found)),
+            **_common(how),
+        )
+        return found  # type: ignore[return-value]
+
+
+def _common(how: How) -> dict[str, float | bool | int | None]:
+    """The arguments that its two passes share. It takes None for no bound, and 0 on the right as causal."""
+    left, right = (None if side < 0 else side for side in how.window)
+    return {
+        "softmax_scale": how.scale,
+        "causal": how.causal,
+        "window_size_left": left,
+        "window_size_right": None if how.causal else right,
+    }

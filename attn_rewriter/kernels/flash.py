@@ -1,0 +1,250 @@
+"""What the flash-attention packages have in common: the forms that they compute, and one operator for all of them.
+
+Their functions are called through a custom operator with a fake implementation and a backward pass of its own, so that
+every version goes through `torch.compile`, whatever its package registers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import metadata
+from typing import Any, ClassVar, NamedTuple
+
+import sympy
+import torch
+from torch import Tensor
+from torch.torch_version import TorchVersion
+
+from attn_rewriter.device import Device
+from attn_rewriter.kernels.base import Kernel, Tensors
+from attn_rewriter.spec import EVERY_KEY, AttentionSpec, Band, Mask, Scale, ScaleBy, Shapes, Size, Softcap, same
+
+HALF = frozenset({torch.float16, torch.bfloat16})
+
+
+@dataclass(frozen=True)
+class FlashForm:
+    """`softcap(query_scales(query) @ keyᵀ * scale)` within a window: query `i` sees the keys from `i + shift - left` to
+    `i + shift + right`, with `shift = kv_len - q_len` (the last query is aligned with the last key), None being no
+    bound."""
+
+    scale: float = 1.0
+    query_scales: tuple[ScaleBy, ...] = ()
+    softcap: float = 0.0
+    left: int | None = None
+    right: int | None = None
+
+    @property
+    def is_capped(self) -> bool:
+        return self.softcap != 0.0
+
+    @property
+    def is_window(self) -> bool:
+        """Whether there is more to it than all keys, or causal."""
+        return self.left is not None or self.right not in (None, 0)
+
+
+def flash_form(spec: AttentionSpec, shapes: Shapes) -> FlashForm | str:
+    """The spec as a `FlashForm`, or the reason why it is none."""
+    scale, softcap = 1.0, 0.0
+    query_scales: list[ScaleBy] = []
+    for modifier in spec.modifiers:
+        match modifier:
+            case Scale(factor) if not softcap:
+                scale *= factor
+            case ScaleBy(per_key=False) if not softcap:
+                query_scales.append(modifier)
+            case Softcap(cap) if not softcap:
+                softcap = cap
+            case Mask():
+                pass
+            case _:
+                return f"computes no {modifier}" + (" after a softcap" if softcap else "")
+    if spec.sinks is not None:
+        return "computes no sinks"
+    keep = spec.keep.within(shapes.q_len, shapes.kv_len)
+    if keep == EVERY_KEY:
+        return FlashForm(scale, tuple(query_scales), softcap)
+    if not isinstance(keep, Band):
+        return f"takes a window, not {keep}"
+    shift = shapes.kv_len - shapes.q_len
+    left, right = _distance(shift, keep.lower, -1), _distance(shift, keep.upper, 1)
+    for bound in (left, right):
+        if bound is not None and (not isinstance(bound, int) or bound < 0):
+            return f"aligns its windows with the last query and key, and they must meet: not {keep} at {shapes}"
+    return FlashForm(scale, tuple(query_scales), softcap, left, right)
+
+
+def _distance(shift: Size, bound: Size | None, sign: int) -> Size | None:
+    """How far a bound on `key - query` is from the diagonal that ends at the last query and key."""
+    if bound is None:
+        return None
+    distance = sympy.expand(sign * (bound - shift))
+    return int(distance) if distance.is_Integer else distance
+
+
+@lru_cache
+def missing(distribution: str, module: str, at_least: str) -> str | None:
+    """Why a package can't be used; None if it can."""
+    try:
+        version = metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return f"{distribution} is not installed"
+    if TorchVersion(version) < at_least:
+        return f"needs {distribution} {at_least} or newer, this is {version}"
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # whatever a broken installation raises
+        return f"{distribution} {version} can't be imported: {type(error).__name__}: {error}"
+    return None
+
+
+class Flash(Kernel):
+    """A version of flash-attention. What it can compute is a `FlashForm`; `forward` and `backward` call its package."""
+
+    distribution: ClassVar[str]
+    module: ClassVar[str]
+    at_least: ClassVar[str]
+    has_dropout: ClassVar[bool] = False
+    versions: ClassVar[dict[str, type[Flash]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        cls.versions[cls.name] = cls
+
+    def refusals(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> list[str]:
+        reasons = super().refusals(spec, shapes, device)
+        form = flash_form(spec, shapes)
+        if isinstance(form, str):
+            reasons.append(form)
+        if spec.dropout_p and not self.has_dropout:
+            reasons.append("has no dropout")
+        if isinstance(shapes.head_dim, int) and shapes.head_dim % 8:
+            reasons.append(f"head_dim is a multiple of 8, here {shapes.head_dim}")
+        if not same(shapes.head_dim, shapes.head_dim_v):
+            reasons.append("query and value have one head_dim")
+        if not reasons and (absent := missing(self.distribution, self.module, self.at_least)):
+            reasons.append(absent)
+        return reasons
+
+    def attend(self, spec: AttentionSpec, shapes: Shapes, device: Device, tensors: Tensors) -> Tensor:
+        form = flash_form(spec, shapes)
+        assert not isinstance(form, str)
+        query, key, value = tensors["query"], tensors["key"], tensors["value"]
+        for query_scale in form.query_scales:
+            query = query_scale.apply(query, tensors)
+        scale = form.scale
+        if not scale > 0:  # kernels take the largest score before they multiply
+            query, scale = query * scale, 1.0
+        window = (-1 if side is None else side for side in (form.left, form.right))
+        options = (self.name, scale, form.softcap, *window, spec.dropout_p)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        return flash_attention(query, key, value, *options)[0].transpose(1, 2)
+
+    @staticmethod
+    def forward(query: Tensor, key: Tensor, value: Tensor, how: How) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Output `[batch, q_len, num_heads, head_dim]`, logsumexp `[batch, num_heads, q_len]`, and what the dropout
+        depends on."""
+        raise NotImplementedError
+
+    @staticmethod
+    def backward(gradient: Tensor, kept: Kept, how: How) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of query, key and value."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class How:
+    """The numbers of a call; -1 is no bound."""
+
+    scale: float
+    softcap: float
+    left: int
+    right: int
+    dropout_p: float
+
+    @property
+    def causal(self) -> bool:
+        return self.right == 0
+
+    @property
+    def window(self) -> tuple[int, int]:
+        return self.left, self.right
+
+
+class Kept(NamedTuple):
+    """What the backward pass needs of the forward pass."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    output: Tensor
+    logsumexp: Tensor
+    random: Tensor
+
+
+@torch.library.custom_op("attn_rewriter::flash_attention", mutates_args=())
+def _flash_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel: str,
+    scale: float,
+    softcap: float,
+    left: int,
+    right: int,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    how = How(scale, softcap, left, right, dropout_p)
+    output, logsumexp, random = Flash.versions[kernel].forward(query, key, value, how)
+    return output, logsumexp, query.new_empty(2, dtype=torch.int64) if random is None else random
+
+
+@_flash_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    batch, q_len, num_heads, _ = query.shape
+    output = query.new_empty(batch, q_len, num_heads, value.size(-1))
+    logsumexp = query.new_empty(batch, num_heads, q_len, dtype=torch.float32)
+    return output, logsumexp, query.new_empty(2, dtype=torch.int64)
+
+
+@torch.library.custom_op("attn_rewriter::flash_attention_backward", mutates_args=())
+def _flash_attention_backward(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    random: Tensor,
+    kernel: str,
+    scale: float,
+    softcap: float,
+    left: int,
+    right: int,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    how = How(scale, softcap, left, right, dropout_p)
+    return Flash.versions[kernel].backward(gradient, Kept(query, key, value, output, logsumexp, random), how)
+
+
+@_flash_attention_backward.register_fake
+def _(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(x.new_empty(x.shape) for x in (query, key, value))  # type: ignore[return-value]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:3], *output)
+    ctx.options = inputs[3:]
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, gradient: Tensor, *others: None) -> tuple[Any, ...]:
+    return *_flash_attention_backward(gradient, *ctx.saved_tensors, *ctx.options), *(None for _ in ctx.options)
+
+
+_flash_attention.register_autograd(_gradients, setup_context=_save)
+flash_attention = torch.ops.attn_rewriter.flash_attention.default
+"""Query `[batch, q_len, num_heads, head_dim]`, key and value `[batch, kv_len, num_kv_heads, head_dim]` to the output,
+shaped as the query, its logsumexp, and the state of the dropout."""

@@ -1,0 +1,52 @@
+"""What kernels were measured to take, by compute capability: tables that `choose` ranks kernels by.
+
+A table is written by `python -m attn_rewriter bench attention --ship attn_rewriter/measured/sm_90.json`, on such a
+card.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from attn_rewriter.device import Device
+from attn_rewriter.spec import Shapes
+
+FOLDER = Path(__file__).with_name("measured")
+TYPICAL_LENGTH = 2048
+"""Of a sequence whose length only the run knows."""
+
+
+@lru_cache
+def table(device: Device) -> tuple[dict[str, Any], ...]:
+    """The cells for a device: head_dim, length, causal, groups (query heads a key head), and milliseconds of each
+    kernel, "forward" and "backward". Empty where nothing was measured."""
+    if device.type != "cuda" or device.capability is None:
+        return ()
+    path = FOLDER / f"sm_{device.capability[0]}{device.capability[1]}.json"
+    return tuple(json.loads(path.read_text())["cells"]) if path.exists() else ()
+
+
+def ranking(shapes: Shapes, causal: bool, device: Device) -> tuple[str, ...]:
+    """Kernels for scores that are but scaled, the fastest first: as in the cell that is nearest in length and head_dim
+    (by their ratios). Training counts both passes."""
+    cells = [cell for cell in table(Device(device.type, device.capability)) if cell["causal"] == causal]
+    if not cells:
+        return ()
+    wanted = _typical(shapes.kv_len), _typical(shapes.head_dim), 1 + (_typical(shapes.num_groups) > 1)
+
+    def distance(cell: dict[str, Any]) -> float:
+        found = cell["length"], cell["head_dim"], 1 + (cell["groups"] > 1)
+        return sum(weight * abs(math.log2(a / b)) for weight, a, b in zip((1, 2, 1), wanted, found))
+
+    nearest = min(cells, key=distance)
+    passes = ("forward", "backward") if shapes.needs_backward else ("forward",)
+    times = {name: sum(nearest[p][name] for p in passes) for name in nearest[passes[-1]] if name in nearest["forward"]}
+    return tuple(sorted(times, key=lambda name: times[name]))
+
+
+def _typical(size: Any) -> int:
+    return size if isinstance(size, int) else TYPICAL_LENGTH

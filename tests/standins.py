@@ -1,0 +1,172 @@
+"""Stand-ins for the flash-attention packages: the functions that are called, with their published signatures, in plain
+PyTorch. They show what each is asked for; that the packages compute it is for `test_gpu.py`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from attn_rewriter.kernels.flash import missing
+
+VERSIONS = {"flash-attn": "2.8.3.post2", "flash-attn-3": "3.0.0b1", "flash-attn-4": "4.0.0b36"}
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, left: int | None, right: int | None, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """Output and logsumexp of `[batch, length, heads, head_dim]`, windows aligned with the last query and key; rows
+    without any key are zero."""
+    _, _, v, scores = _opened(query, key, value, scale, left, right, softcap)
+    output = scores.softmax(-1).nan_to_num(0.0) @ v
+    return output.transpose(1, 2).to(query.dtype).contiguous(), scores.logsumexp(-1).float()
+
+
+def gradients(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *how: Any) -> tuple[Tensor, ...]:
+    """Of query, key and value; by hand, as there is no autograd inside an operator."""
+    scale, *_, softcap = how
+    q, k, v, scores = _opened(query, key, value, *how)
+    weights, gradient = scores.softmax(-1).nan_to_num(0.0), gradient.transpose(1, 2).double()
+    along = gradient @ v.mT
+    of_scores = weights * (along - (weights * along).sum(-1, keepdim=True)) * scale
+    if softcap:
+        of_scores = (of_scores * (1 - (scores / softcap).square())).masked_fill(scores.isinf(), 0.0)
+    found = of_scores @ k, of_scores.mT @ q, weights.mT @ gradient
+    return tuple(
+        x.unflatten(1, (given.size(2), -1)).sum(2).transpose(1, 2).to(given.dtype)
+        for x, given in zip(found, (query, key, value))
+    )
+
+
+def _opened(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, left: int | None, right: int | None, softcap: float
+) -> tuple[Tensor, ...]:
+    """Query, key and value in float64, heads first and repeated, and the masked scores."""
+    q, k, v = (x.transpose(1, 2).double() for x in (query, key, value))
+    k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+    scores = q @ k.mT * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    q_len, kv_len = scores.shape[-2:]
+    distance = torch.arange(kv_len) - torch.arange(q_len)[:, None] - (kv_len - q_len)
+    hidden = torch.zeros(q_len, kv_len, dtype=torch.bool)
+    if left is not None:
+        hidden |= distance < -left
+    if right is not None:
+        hidden |= distance > right
+    return q, k, v, scores.masked_fill(hidden, float("-inf"))
+
+
+def _into(given: tuple[Tensor, ...], found: tuple[Tensor, ...]) -> None:
+    for to, x in zip(given, found, strict=True):
+        to.copy_(x)
+
+
+def _open(side: int) -> int | None:
+    return None if side < 0 else side
+
+
+def _version_2() -> dict[str, Any]:
+    def _flash_attn_forward(
+        q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
+        return_softmax,
+    ):  # fmt: skip
+        assert alibi_slopes is None and not return_softmax and not dropout_p
+        assert not causal or window_size_right == 0
+        how = softmax_scale, _open(window_size_left), _open(window_size_right), softcap
+        return *attention(q, k, v, *how), q.new_empty(0), torch.full((2,), 7)
+
+    def _flash_attn_backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left,
+        window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
+    ):  # fmt: skip
+        assert alibi_slopes is None and rng_state.tolist() == [7, 7]
+        how = softmax_scale, _open(window_size_left), _open(window_size_right), softcap
+        _into((dq, dk, dv), gradients(dout, q, k, v, *how))
+
+    return {"_flash_attn_forward": _flash_attn_forward, "_flash_attn_backward": _flash_attn_backward}
+
+
+def _version_3() -> dict[str, Any]:
+    def _flash_attn_forward(
+        q, k, v, k_new, v_new, qv, out, cu_seqlens_q, cu_seqlens_k, cu_seqlens_k_new, seqused_q, seqused_k,
+        max_seqlen_q, max_seqlen_k, page_table, kv_batch_idx, leftpad_k, rotary_cos, rotary_sin, seqlens_rotary,
+        q_descale, k_descale, v_descale, softmax_scale, causal, window_size=(-1, -1), attention_chunk=0, softcap=0.0,
+        rotary_interleaved=True, scheduler_metadata=None, num_splits=1, pack_gqa=None, sm_margin=0,
+    ):  # fmt: skip
+        assert k_new is q_descale is k_descale is v_descale is None
+        assert not causal or window_size[1] == 0
+        return *attention(q, k, v, softmax_scale, *map(_open, window_size), softcap), None, None
+
+    def _flash_attn_backward(
+        dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, sequed_q, sequed_k, max_seqlen_q, max_seqlen_k,
+        dq, dk, dv, softmax_scale, causal, window_size=(-1, -1), softcap=0.0, deterministic=False, sm_margin=0,
+    ):  # fmt: skip
+        assert cu_seqlens_q is max_seqlen_k is None
+        _into((dq, dk, dv), gradients(dout, q, k, v, softmax_scale, *map(_open, window_size), softcap))
+
+    return {"_flash_attn_forward": _flash_attn_forward, "_flash_attn_backward": _flash_attn_backward}
+
+
+def _version_4() -> dict[str, Any]:
+    def window(causal, left, right):
+        return (left, 0) if causal else (left, right)
+
+    def _flash_attn_fwd(
+        q, k, v, softmax_scale=None, causal=False, softcap=None, window_size_left=None, window_size_right=None,
+        return_lse=False,
+    ):  # fmt: skip
+        assert return_lse
+        how = softmax_scale, *window(causal, window_size_left, window_size_right), softcap or 0.0
+        return *attention(q, k, v, *how), None, None, None
+
+    def _flash_attn_bwd(
+        q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, window_size_left=None,
+        window_size_right=None, deterministic=False, dq=None, dk=None, dv=None,
+    ):  # fmt: skip
+        how = softmax_scale, *window(causal, window_size_left, window_size_right), softcap
+        _into((dq, dk, dv), gradients(dout, q, k, v, *how))
+
+    return {"_flash_attn_fwd": _flash_attn_fwd, "_flash_attn_bwd": _flash_attn_bwd}
+
+
+def _module(name: str, functions: dict[str, Any]) -> dict[str, ModuleType]:
+    module = ModuleType(name)
+    module.__dict__.update(functions)
+    return {name: module}
+
+
+@contextmanager
+def installed(**versions: str) -> Iterator[None]:
+    """As if the packages were installed, and could run on CPU; versions by distribution, "_" for "-", None for none."""
+    found = {**VERSIONS, **{name.replace("_", "-"): version for name, version in versions.items()}}
+    modules = {
+        **_module("flash_attn", {"__path__": []}),
+        **_module("flash_attn.cute", {"__path__": []}),
+        **_module("flash_attn.flash_attn_interface", _version_2()),
+        **_module("flash_attn_interface", _version_3()),
+        **_module("flash_attn.cute.interface", _version_4()),
+    }
+    real = metadata.version
+
+    def version(name: str) -> str:
+        if name not in found:
+            return real(name)
+        if found[name] is None:
+            raise metadata.PackageNotFoundError(name)
+        return found[name]
+
+    missing.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in modules.items():
+            patch.setitem(sys.modules, name, module)
+        patch.setattr(metadata, "version", version)
+        yield
+    missing.cache_clear()
