@@ -199,7 +199,7 @@ def measure(
 
     step = {"forward": forward, "training": training}[direction]
     taken, cell = time_step(step, lambda _: run.used(function, kernel), repeat, patience=run.PATIENCE)
-    return cell | {"kernel": taken}
+    return cell | taken
 
 
 def rows(results: Results, forms: Mapping[str, Form], kernels: list[str]) -> Iterator[list[str]]:
@@ -227,7 +227,7 @@ def rows(results: Results, forms: Mapping[str, Form], kernels: list[str]) -> Ite
 def milliseconds(cell: Cell, least: float) -> str:
     """The time, or why there is none."""
     if "ms" not in cell:
-        return cell.get("failed", "–" if "refused" in cell else "not measured").split(":")[0]
+        return cell.get("failed", "–" if "refused" in cell else "").split(":")[0]
     digits = 2 if cell["ms"] >= 0.1 else 3
     return f"**{cell['ms']:.{digits}f}**" if cell["ms"] == least else f"{cell['ms']:.{digits}f}"
 

@@ -14,7 +14,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from attn_rewriter.api import optimize, report_of
-from attn_rewriter.bench.measure import Cell, Results, attempt, console, markdown_table, positive, rich_table, versions
+from attn_rewriter.bench.measure import (
+    Cell,
+    Results,
+    attempt,
+    console,
+    markdown_table,
+    positive,
+    rich_table,
+    version,
+    versions,
+)
 from attn_rewriter.errors import KernelUnavailable
 from attn_rewriter.kernels import KERNELS
 
@@ -53,18 +63,20 @@ def rewritten(function: Callable[..., Any], kernel: str, compiler: str) -> Calla
     return optimize(function, kernel=kernel, compiler=compiler, dynamic=False)
 
 
-def used(function: Callable[..., Any], kernel: str) -> str:
-    """The kernel in a function that was `rewritten` and called.
+def used(function: Callable[..., Any], kernel: str) -> Cell:
+    """The kernel in a function that was `rewritten` and called, and its package where it has one of its own.
 
     Raises `KernelUnavailable` where its attention is not fused.
     """
     if kernel == "eager":
-        return kernel
+        return {"kernel": kernel}
     report = report_of(function)
     names = {site.kernel for site in report.sites}
     if len(names) != 1 or None in names:
         raise KernelUnavailable("not fused: " + ("; ".join(map(str, report.sites)) or "no attention was found"))
-    return str(names.pop())
+    name = str(names.pop())
+    package = getattr(KERNELS[name], "distribution", None)
+    return {"kernel": name} | ({"package": f"{package} {version(package)}"} if package else {})
 
 
 @dataclass(frozen=True)
