@@ -11,7 +11,6 @@ import torch
 from attn_rewriter.device import Device
 from attn_rewriter.errors import KernelUnavailable, Refusal
 from attn_rewriter.kernels import KERNELS, Kernel
-from attn_rewriter.kernels.flash import flash_form
 from attn_rewriter.measured import ranking
 from attn_rewriter.spec import EVERY_KEY, AttentionSpec, Shapes
 
@@ -34,11 +33,10 @@ class Choice:
 def order(spec: AttentionSpec, shapes: Shapes, device: Device) -> tuple[str, ...]:
     """The kernels to try in automatic mode, the preferred one first.
 
-    On CUDA: where scores are nothing but scaled and causal, as measured (`attn_rewriter/measured.py`), else SDPA first.
-    Windows and softcaps go to flash-attention. SDPA's kernels read any other mask or bias whole, where FlexAttention
-    leaves out what is masked; for a few queries there is nothing to leave out, and up to a few blocks of keys and no
-    bias it takes longer to find out what (`python -m attn_rewriter bench masks`). In float32 its backward pass has
-    tiles of 16, whatever the card.
+    On CUDA: where scores are nothing but scaled and causal, as measured (`attn_rewriter/measured.py`), or SDPA first
+    where nothing was. SDPA's kernels read any other mask or bias whole, where FlexAttention leaves out what is masked;
+    for a few queries there is nothing to leave out, and up to a few blocks of keys and no bias it takes longer to find
+    out what (`python -m attn_rewriter bench masks`). In float32 its backward pass has tiles of 16, whatever the card.
     """
     if device.type != "cuda":
         return _in_order("sdpa", "flex")
@@ -49,13 +47,10 @@ def order(spec: AttentionSpec, shapes: Shapes, device: Device) -> tuple[str, ...
     if few:
         return _in_order("sdpa", "flex")
     form = spec.affine()
-    flash = flash_form(spec, shapes)
-    if not isinstance(flash, str):
-        return _in_order(*FLASH, "flex", "sdpa")
     unbiased = not isinstance(form, str) and not form.biases and spec.sinks is None
     short = unbiased and isinstance(shapes.q_len, int) and shapes.q_len <= SHORT
     wide = (shapes.product_dtype or shapes.dtype) == torch.float32
-    return _in_order("sdpa", "flex") if short or wide else _in_order("flex_fa4", "flex", "sdpa")
+    return _in_order("sdpa", "flex") if short or wide else _in_order("flex", *FLASH, "sdpa")
 
 
 def _in_order(*first: str) -> tuple[str, ...]:

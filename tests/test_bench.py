@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from attn_rewriter import Device
+from attn_rewriter import measured as measured_tables
 from attn_rewriter.bench import attention, masks, run
 from attn_rewriter.bench.measure import OUT_OF_MEMORY, Results, attempt, rich_table
 from attn_rewriter.cli import main
 from attn_rewriter.errors import KernelUnavailable
+from attn_rewriter.spec import Shapes
 
 TINY = ("--tiny", "--device", "cpu", "--dtype", "float32", "--repeat", "3")
 ATTENTION = ("bench", "attention", *TINY, "--head-dims", "32", "--lengths", "64", "--kernels", "sdpa", "auto")
@@ -44,6 +47,12 @@ def test_attention(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
     monkeypatch.setattr(run, "attempt", never)
     assert main([*ATTENTION, "--json", str(file), "--markdown"]) == 0
     assert "| head_dim 32, causal, 4:1, 64 | **" in capsys.readouterr().out
+    table = tmp_path / "sm_12.json"
+    assert main([*ATTENTION, "--json", str(file), "--ship", str(table)]) == 0
+    monkeypatch.setattr(measured_tables, "FOLDER", tmp_path)
+    shapes = Shapes(1, 8, 2, 100, 100, 64, 64, torch.float32, needs_backward=True)
+    assert measured_tables.ranking(shapes, causal=True, device=Device.parse("sm_12")) == ("sdpa",)
+    assert measured_tables.ranking(shapes, causal=True, device=Device.parse("sm_34")) == ()
 
 
 def test_attention_without_a_kernel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

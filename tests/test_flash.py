@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 
-from attn_rewriter import AttentionSpec, Device
+from attn_rewriter import AttentionSpec, Device, measured
 from attn_rewriter.choose import Choice, choose
 from attn_rewriter.kernels import KERNELS
 from attn_rewriter.kernels.flash import Flash, flash_form
@@ -116,22 +118,51 @@ def test_a_broken_package_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason.startswith("flash-attn 2.8.3.post2 can't be imported: ModuleNotFoundError")
 
 
-def test_a_window_goes_to_the_newest_version() -> None:
-    for missing, kernel in (
-        ({}, "fa4"),
-        ({"flash_attn_4": None}, "fa3"),
-        ({"flash_attn_4": None, "flash_attn_3": None}, "fa2"),
-    ):
-        with installed(**missing):
-            choice = choose(band(-100, 0), shapes(1024, 1024), Device.parse("sm_90"))
-            assert isinstance(choice, Choice) and choice.kernel.name == kernel
+@pytest.mark.parametrize(
+    ("absent", "kernel"),
+    [([], "fa4"), (["flash_attn_4"], "fa3"), (["flash_attn_4", "flash_attn_3"], "fa2")],
+)
+def test_without_inductor_a_window_goes_to_the_newest_version(absent: list[str], kernel: str) -> None:
+    with installed(**dict.fromkeys(absent)):
+        choice = choose(band(-100, 0), shapes(1024, 1024), Device.parse("sm_90"), inductor=False)
+        assert isinstance(choice, Choice) and choice.kernel.name == kernel
+
+
+@pytest.mark.parametrize(
+    ("device", "length", "head_dim", "training", "kernel"),
+    [
+        ("sm_90", 8192, 128, False, "fa4"),
+        ("sm_90", 100_000, 96, True, "fa4"),
+        ("sm_90", 512, 128, False, "sdpa"),
+        ("sm_90", 8192, 256, False, "fa4"),
+        ("sm_90", 8192, 256, True, "sdpa"),
+        ("sm_100", 8192, 128, False, "sdpa"),
+        ("sm_75", 8192, 128, False, "sdpa"),
+    ],
+)
+def test_causal_goes_to_what_was_measured(device: str, length: int, head_dim: int, training: bool, kernel: str) -> None:
+    at = replace(shapes(length, length, head_dim), needs_backward=training)
+    choice = choose(band(None, 0), at, Device.parse(device))
+    assert isinstance(choice, Choice) and choice.kernel.name == kernel
+
+
+def test_tables_name_kernels_and_where_they_are_from() -> None:
+    paths = [*measured.FOLDER.glob("*.json")]
+    assert paths
+    for path in paths:
+        held = json.loads(path.read_text())
+        assert held["setup"]["device"] and held["commands"]
+        for cell in held["cells"]:
+            assert {*cell["forward"], *cell["backward"]} <= KERNELS.keys()
 
 
 def test_dropout_is_for_version_2() -> None:
     spec = AttentionSpec((Scale(0.125), Softcap(30.0)), dropout_p=0.1)
     choice = choose(spec, shapes(), Device.parse("sm_90"))
     assert isinstance(choice, Choice) and choice.kernel.name == "fa2"
-    assert [str(refusal.reason) for refusal in choice.refused] == ["fa4: has no dropout", "fa3: has no dropout"]
+    assert [refusal.reason for refusal in choice.refused] == [
+        f"{name}: has no dropout" for name in ("flex", "fa4", "fa3")
+    ]
 
 
 def test_form_of_a_negative_side() -> None:

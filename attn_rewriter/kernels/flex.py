@@ -15,7 +15,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +26,6 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from attn_rewriter.device import Device
 from attn_rewriter.kernels.base import Kernel, Limits, Tensors, number
-from attn_rewriter.kernels.fa4 import FA4
-from attn_rewriter.kernels.flash import HALF, missing
 from attn_rewriter.kernels.masking import element, holds, modified
 from attn_rewriter.spec import (
     EVERY_KEY,
@@ -38,7 +36,6 @@ from attn_rewriter.spec import (
     Scale,
     ScaleBy,
     Shapes,
-    same,
 )
 
 _BLOCK = 128
@@ -51,7 +48,6 @@ class Flex(Kernel):
 
     name = "flex"
     needs_inductor = True
-    backend: ClassVar[str] = "AUTO"
     limits = Limits(
         devices=frozenset({"cpu", "cuda"}),
         min_capability=(8, 0),
@@ -106,7 +102,6 @@ class Flex(Kernel):
             scale,
             shapes.needs_backward or spec.sinks is not None,
             dtype != torch.float32,
-            self.backend,
         )
         small = device.type == "cuda" and min(shapes.head_dim, shapes.head_dim_v) < _MIN_HEAD_DIM
         if small:
@@ -121,29 +116,6 @@ class Flex(Kernel):
             share = torch.sigmoid(logsumexp * math.log(2) - sinks)  # of the keys in the weight
             output = (output * share.unsqueeze(-1)).to(dtype)
         return output
-
-
-class FlexFA4(Flex):
-    """Masks of any kind with FlexAttention's FLASH backend: flash-attention 4 that skips the blocks without keys."""
-
-    name = "flex_fa4"
-    backend = "FLASH"
-    limits = replace(Flex.limits, devices=frozenset({"cuda"}), min_capability=(9, 0), dtypes=HALF, max_head_dim=128)
-
-    def refusals(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> list[str]:
-        reasons = super().refusals(spec, shapes, device)
-        form = spec.affine()
-        if isinstance(form, str) or form.biases or spec.sinks is not None:
-            reasons.append("computes scaled scores alone, under a mask")
-        if shapes.is_dynamic:
-            reasons.append("takes fixed sizes")
-        if not same(shapes.head_dim, shapes.head_dim_v) or shapes.head_dim % 8:
-            reasons.append("query and value have one head_dim, a multiple of 8")
-        if shapes.needs_backward and torch.are_deterministic_algorithms_enabled():
-            reasons.append("has no deterministic backward pass")
-        if not reasons and (absent := missing(FA4.distribution, FA4.module, FA4.at_least)):
-            reasons.append(absent)
-        return reasons
 
 
 def _tuned(query: torch.Tensor, value: torch.Tensor, captured: Sequence[Any]) -> dict[str, Any]:
@@ -269,7 +241,6 @@ class _Attend(_Node):
     scale: float
     logsumexp: bool
     half: bool
-    backend: str
     __name__ = "flex_attention"
 
     def run(
@@ -300,14 +271,14 @@ class _Attend(_Node):
             lengths = (query.size(-2), key.size(-2))
             block_mask = BlockMask(lengths, *blocks, (_BLOCK, _BLOCK), self.mask_mod)  # type: ignore[call-arg, arg-type]
         options = {
-            "BACKEND": self.backend,
+            "BACKEND": "AUTO",
             "PRESCALE_QK": False,
             "ROWS_GUARANTEED_SAFE": False,
             "BLOCKS_ARE_CONTIGUOUS": False,
             "WRITE_DQ": True,
             "OUTPUT_LOGSUMEXP": self.logsumexp,
             "OUTPUT_MAX": False,
-            **({} if self.backend == "FLASH" else _tuned(query, value, [*buffers, *masks])),
+            **_tuned(query, value, [*buffers, *masks]),
         }
         output, logsumexp, _ = flex_attention(
             query, key, value, self.score_mod, block_mask.as_tuple(), self.scale, options, buffers, masks
