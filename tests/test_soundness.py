@@ -772,8 +772,40 @@ def assert_sound(
     for shapes in dict.fromkeys(map(_shapes, draws)):
         alike = [i for i, inputs in enumerate(draws) if _shapes(inputs) == shapes]
         right = [outcome(exact, draws[i], truth) for i in alike] if exact else None
-        _assert_accurate([fused[i] for i in alike], [eager[i] for i in alike], right)
+        ours = [fused[i] for i in alike]
+        try:
+            _assert_accurate(ours, [eager[i] for i in alike], right)
+        except AssertionError:
+            moved = ([outcome(function, nudged(draws[i], by)) for i in alike] for by in range(NUDGES))
+            if not any(_is_accurate(ours, theirs, right) for theirs in moved):
+                raise
     return report()
+
+
+NUDGES = 16
+"""How often eager is run again with its inputs moved by a rounding unit, before an error beyond its own counts: where a
+score lies at the end of a clamp, rounding says whether it has a gradient, in eager as well."""
+
+
+def nudged(inputs: Sequence[Any], seed: int) -> list[Any]:
+    """Inputs moved at random, by a rounding unit in the root mean square."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def move(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        by = 1 + torch.finfo(x.dtype).eps * normal(x.shape, generator).double()
+        return (x.detach().double() * by).to(x.dtype).requires_grad_(x.requires_grad)
+
+    return [move(x) for x in inputs]
+
+
+def _is_accurate(*results: Any) -> bool:
+    try:
+        _assert_accurate(*results)
+    except AssertionError:
+        return False
+    return True
 
 
 def _shapes(inputs: Sequence[Any]) -> tuple[Any, ...]:
