@@ -29,6 +29,7 @@ def optimize(
     dynamic: bool | None = None,
     fullgraph: bool = False,
     strict: bool = False,
+    autotune: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> Model:
     """Compile a module in place, its attention rewritten, and return it; a function is returned compiled.
@@ -40,6 +41,7 @@ def optimize(
         compiler: the name of a `torch.compile` backend, or a callable taking `(gm, example_inputs)`.
         mode, dynamic, fullgraph: as in `torch.compile`.
         strict: raise where something unexpected happens at a site, instead of leaving it as it is with a warning.
+        autotune: time the usable kernels on each site's shapes, once, and take the fastest (as `mode="max-autotune"`).
         options: more options for the compiler, as in `torch.compile`.
 
     Raises:
@@ -47,7 +49,7 @@ def optimize(
         ValueError: an option, kernel, compiler or mode is not known; the message names the valid ones.
     """
     _check_model(model)
-    given = {**(options or {}), "kernel": kernel, "compiler": compiler, "strict": strict}
+    given = {**(options or {}), "kernel": kernel, "compiler": compiler, "strict": strict, "autotune": autotune}
     backend = Backend(Options.of(given, mode))
     if isinstance(model, nn.Module):
         compile_in_place(model, backend, dynamic=dynamic, fullgraph=fullgraph)

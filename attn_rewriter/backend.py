@@ -27,7 +27,8 @@ class Backend:
     def __init__(self, options: Options | None = None, *, device: Device | None = None, dry: bool = False) -> None:
         self.options = options or Options()
         inductor = self.options.compiler == "inductor"
-        self.settings = Settings(self.options.kernel, device, self.options.strict, dry, inductor)
+        autotune = self.options.autotune or (self.options.mode or "").startswith("max-autotune")
+        self.settings = Settings(self.options.kernel, device, self.options.strict, dry, inductor, autotune)
         self._compile = _compiler(self.options)
         self._reports: list[Report] = []
 

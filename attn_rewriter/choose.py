@@ -71,19 +71,23 @@ def requested(kernel: Request) -> tuple[str, ...] | None:
 
 
 def choose(
-    spec: AttentionSpec, shapes: Shapes, device: Device, kernel: Request = "auto", *, inductor: bool = True
+    spec: AttentionSpec,
+    shapes: Shapes,
+    device: Device,
+    kernel: Request = "auto",
+    *,
+    inductor: bool = True,
+    preferred: Sequence[str] = (),
 ) -> Choice | Refusal:
-    """The first usable kernel in the automatic order, or in the order asked for. Some are only chosen automatically
-    where Inductor will compile them.
+    """The first usable kernel in the automatic order, `preferred` ones first, or in the order asked for. Some are only
+    chosen automatically where Inductor will compile them.
 
     Raises `KernelUnavailable` where kernels were asked for by name and none of them can run.
     """
     names = requested(kernel)
     refused: list[Refusal] = []
-    for name in names or order(spec, shapes, device):
-        reasons = KERNELS[name].refusals(spec, shapes, device)
-        if names is None and KERNELS[name].needs_inductor and not inductor:
-            reasons.append("only Inductor makes a fused kernel of it")
+    for name in names or dict.fromkeys([*preferred, *order(spec, shapes, device)]):
+        reasons = _reasons(name, spec, shapes, device, inductor or names is not None)
         if not reasons:
             return Choice(KERNELS[name], tuple(refused))
         refused += [Refusal("choose", f"{name}: {reason}") for reason in reasons]
@@ -91,3 +95,15 @@ def choose(
     if names is not None:
         raise KernelUnavailable(f"no requested kernel can compute {spec} at {shapes} on {device}: {said}")
     return Refusal("choose", said)
+
+
+def usable(spec: AttentionSpec, shapes: Shapes, device: Device, *, inductor: bool = True) -> tuple[str, ...]:
+    """All kernels that the automatic choice is between."""
+    return tuple(name for name in order(spec, shapes, device) if not _reasons(name, spec, shapes, device, inductor))
+
+
+def _reasons(name: str, spec: AttentionSpec, shapes: Shapes, device: Device, inductor: bool) -> list[str]:
+    reasons = KERNELS[name].refusals(spec, shapes, device)
+    if KERNELS[name].needs_inductor and not inductor:
+        reasons.append("only Inductor makes a fused kernel of it")
+    return reasons

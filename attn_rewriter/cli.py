@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     run = commands.add_parser("run", help="run an unmodified script with its attention rewritten")
     run.add_argument("--kernel", default="auto", help="auto (default), or names in order, separated by commas")
     run.add_argument("--compiler", default="inductor", help="the torch.compile backend that follows (inductor)")
+    run.add_argument("--autotune", action="store_true", help="time the usable kernels and take the fastest")
     run.add_argument("--strict", action="store_true", help="raise where something unexpected happens")
     run.add_argument("--quiet", action="store_true", help="do not print the table of sites at the end")
     run.add_argument("script", type=Path)
@@ -87,7 +88,8 @@ def run_script(options: argparse.Namespace) -> int:
     kernels = options.kernel.split(",") if "," in options.kernel else options.kernel
     sys.argv = [str(script), *options.args]
     sys.path[0] = str(script.parent.resolve())
-    with patch(kernel=kernels, compiler=options.compiler, strict=options.strict) as patched:
+    given = {"compiler": options.compiler, "strict": options.strict, "autotune": options.autotune}
+    with patch(kernel=kernels, **given) as patched:
         try:
             runpy.run_path(str(script), run_name="__main__")
         finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import sympy
@@ -31,9 +31,10 @@ def emit(site: Site, found: Description, kernel: Kernel, device: Device, facts: 
         if autocast is not None and found.shapes.dtype not in (autocast, torch.float64):
             refuse("emit", f"autocast would compute in {autocast} what needs {found.shapes.dtype}", output)
         with Splice(facts, output, site.anchor) as splice:
-            result = kernel(found.spec, found.shapes, device, _Operands(found, splice))
+            operands = Operands(found, splice.stand_in, splice.as_type, splice.size)
+            result = kernel(found.spec, found.shapes, device, operands)
             fused: Node = result.node  # type: ignore[attr-defined]
-            result = arrange(result, plan(found.layout.of("output"), found.output), splice)
+            result = arrange(result, plan(found.layout.of("output"), found.output), splice.size)
             result = splice.as_type(result, expected.dtype)
             _check(splice.value(result), expected)
             if not _interchangeable(splice.value(result), output, facts):
@@ -54,26 +55,32 @@ def emit(site: Site, found: Description, kernel: Kernel, device: Device, facts: 
 _PRODUCT = ("query", "key", "value")
 
 
-class _Operands(Mapping[Any, Any]):
-    """A kernel's tensors as stand-ins, and the sizes that are symbols; each enters the graph when the kernel asks for
-    it, and once."""
+class Operands(Mapping[Any, Any]):
+    """A kernel's tensors, or stand-ins for them, and the sizes that are symbols; each is made when the kernel asks for
+    it, and once. `of` gives what stands for a node, `as_type` converts it, `size` gives a size as an argument."""
 
-    def __init__(self, found: Description, splice: Splice) -> None:
-        self._found, self._splice = found, splice
+    def __init__(
+        self,
+        found: Description,
+        of: Callable[[Any], Any],
+        as_type: Callable[[Any, torch.dtype], Any],
+        size: Callable[[Size], Any],
+    ) -> None:
+        self._found, self._of, self._as_type, self._size = found, of, as_type, size
         self._made: dict[str, Any] = {}
 
     def __getitem__(self, name: Any) -> Any:
         if isinstance(name, sympy.Expr):
-            return self._splice.size(name)
+            return self._size(name)
         if name not in self._made:
             state = self._found.operands[name]
-            proxy = self._splice.stand_in(state.node)
+            held = self._of(state.node)
             if state.dtype is None:
-                return proxy
+                return held
             if name in _PRODUCT or name in self._found.spec.numeric:
-                proxy = self._splice.as_type(proxy, self._found.shapes.dtype)
+                held = self._as_type(held, self._found.shapes.dtype)
             steps = plan(state.dims, self._found.layout.of(name), broadcast=name not in _PRODUCT)
-            self._made[name] = arrange(proxy, steps, self._splice)
+            self._made[name] = arrange(held, steps, self._size)
         return self._made[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -83,21 +90,21 @@ class _Operands(Mapping[Any, Any]):
         return len(self._found.operands)
 
 
-def arrange(proxy: Any, steps: list[Step], splice: Splice) -> Any:
-    """Carry a plan out on a stand-in."""
+def arrange(held: Any, steps: list[Step], size: Callable[[Size], Any]) -> Any:
+    """Carry a plan out on a tensor or its stand-in."""
     for name, args in steps:
         if name == "unflatten":
-            args = (args[0], _with_one_free(args[1], splice))
+            args = (args[0], _with_one_free(args[1], size))
         elif name == "expand":
-            args = tuple(splice.size(n) for n in args)
-        proxy = getattr(proxy, name)(*args)
-    return proxy
+            args = tuple(map(size, args))
+        held = getattr(held, name)(*args)
+    return held
 
 
-def _with_one_free(sizes: tuple[Size, ...], splice: Splice) -> tuple[Any, ...]:
+def _with_one_free(sizes: tuple[Size, ...], size: Callable[[Size], Any]) -> tuple[Any, ...]:
     """Sizes for `unflatten`, with -1 for one that is symbolic."""
     symbolic = [i for i, n in enumerate(sizes) if not isinstance(n, int)]
-    return tuple(-1 if symbolic[:1] == [i] else splice.size(n) for i, n in enumerate(sizes))
+    return tuple(-1 if symbolic[:1] == [i] else size(n) for i, n in enumerate(sizes))
 
 
 def _check(new: torch.Tensor, old: torch.Tensor) -> None:

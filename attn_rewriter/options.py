@@ -22,6 +22,8 @@ class Options:
     compiler: what compiles the rewritten graph: the name of a registered `torch.compile` backend, or a callable that
         takes `(gm, example_inputs)`.
     strict: raise `RewriteError` where something unexpected happens at a site, instead of leaving it as it is.
+    autotune: time the usable kernels on each site's shapes, once, and take the fastest; what was found is kept in the
+        user's cache folder (`attn_rewriter.autotune`). So do the modes "max-autotune…".
     mode: as in `torch.compile`, for the compiler.
     compiler_options: all other options, for the compiler.
     """
@@ -29,13 +31,15 @@ class Options:
     kernel: Request = "auto"
     compiler: Compiler = "inductor"
     strict: bool = False
+    autotune: bool = False
     mode: str | None = None
     compiler_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         requested(self.kernel)
-        if not isinstance(self.strict, bool):
-            raise TypeError(f"strict is True or False, not {self.strict!r}")
+        for name in ("strict", "autotune"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} is True or False, not {getattr(self, name)!r}")
         if isinstance(self.compiler, str):
             names = [name for name in torch._dynamo.list_backends(exclude_tags=()) if name != "attn_rewriter"]
             if self.compiler not in names:

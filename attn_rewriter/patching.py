@@ -137,8 +137,8 @@ def patch(**options: Any) -> Patch:
     """From here on, `torch.compile` with its default backend rewrites attention, and so do models from transformers'
     `from_pretrained` and `from_config`; both also in code that knows nothing of this package.
 
-    The options are those of `optimize`: kernel, compiler, strict, mode and the compiler's. Used as a context manager,
-    the patch ends with the block. Its `report` says what was rewritten.
+    The options are those of `optimize`: kernel, compiler, strict, autotune, mode and the compiler's. Used as a context
+    manager, the patch ends with the block. Its `report` says what was rewritten.
 
     Raises `ValueError` for unknown options.
     """

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 from torch.fx import GraphModule
 
-from attn_rewriter.choose import Request, choose
+from attn_rewriter.autotune import times
+from attn_rewriter.choose import Request, choose, requested
 from attn_rewriter.describe import describe
 from attn_rewriter.device import Device
 from attn_rewriter.distribute import distribute
@@ -28,14 +29,15 @@ log = logging.getLogger("attn_rewriter")
 @dataclass(frozen=True)
 class Settings:
     """What the pipeline is told: the kernels to choose from, the device to choose for (None: the tensors' own),
-    whether something unexpected raises, whether to choose only and replace nothing, and whether Inductor will compile
-    the graph."""
+    whether something unexpected raises, whether to choose only and replace nothing, whether Inductor will compile the
+    graph, and whether to choose by timing the kernels here."""
 
     kernel: Request = "auto"
     device: Device | None = None
     strict: bool = False
     dry: bool = False
     inductor: bool = True
+    autotune: bool = False
 
 
 def rewrite(gm: GraphModule, settings: Settings) -> Report:
@@ -94,8 +96,12 @@ def _rewrite_site(site: Site, facts: Facts, settings: Settings, unread: SiteRepo
     output = tensor(site.output)
     assert output is not None
     device = settings.device or Device.of(output.device)
-    choice = choose(found.spec, found.shapes, device, settings.kernel, inductor=settings.inductor)
-    read = replace(unread, spec=found.spec, shapes=found.shapes)
+    tuned = settings.autotune and not settings.dry and requested(settings.kernel) is None
+    timed = times(found, device, inductor=settings.inductor) if tuned else {}
+    choice = choose(
+        found.spec, found.shapes, device, settings.kernel, inductor=settings.inductor, preferred=tuple(timed)
+    )
+    read = replace(unread, spec=found.spec, shapes=found.shapes, times=tuple(timed.items()))
     if isinstance(choice, Refusal):
         return replace(read, refusals=(choice,))
     emitted = emit(site, found, choice.kernel, device, facts) if not settings.dry else None

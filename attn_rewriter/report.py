@@ -14,7 +14,7 @@ from attn_rewriter.spec import AttentionSpec, Shapes
 @dataclass(frozen=True)
 class SiteReport:
     """One attention site. `kernel` is None where the model's own code stays; `refusals` say why, or why the kernels
-    that would have been preferred can't run."""
+    that would have been preferred can't run; `times` are the milliseconds that kernels were timed at here."""
 
     module: str
     source: str
@@ -22,6 +22,13 @@ class SiteReport:
     shapes: Shapes | None = None
     kernel: str | None = None
     refusals: tuple[Refusal, ...] = ()
+    times: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why this kernel, or none."""
+        timed = ", ".join(f"{name} {milliseconds:.3g} ms" for name, milliseconds in self.times)
+        return (*(refusal.reason for refusal in self.refusals), *([f"timed: {timed}"] if timed else []))
 
     @property
     def place(self) -> str:
@@ -42,6 +49,7 @@ class SiteReport:
             "shapes": str(self.shapes) if self.shapes is not None else None,
             "kernel": self.kernel,
             "refusals": [str(refusal) for refusal in self.refusals],
+            "times": dict(self.times),
         }
 
 
@@ -103,7 +111,7 @@ class Report:
                 str(site.spec) if site.spec is not None else "–",
                 str(site.shapes) if site.shapes is not None else "–",
                 site.kernel or "eager",
-                "\n".join(refusal.reason for refusal in site.refusals),
+                "\n".join(site.reasons),
             )
             table.add_row(*map(Text, cells))
         return Group(table)
@@ -113,8 +121,7 @@ def _grouped(sites: Iterable[SiteReport]) -> list[tuple[str, SiteReport]]:
     """Sites that differ in their module alone share a row: "layers.{0…31}.self_attn"."""
     rows: dict[Any, list[SiteReport]] = {}
     for site in sites:
-        reasons = tuple(refusal.reason for refusal in site.refusals)
-        rows.setdefault((site.source, site.spec, site.shapes, site.kernel, reasons), []).append(site)
+        rows.setdefault((site.source, site.spec, site.shapes, site.kernel, site.reasons), []).append(site)
     return [(_merged([site.module for site in group]), group[0]) for group in rows.values()]
 
 

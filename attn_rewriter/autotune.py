@@ -1,0 +1,197 @@
+"""Timing the usable kernels on a site's real shapes, once, and remembering it.
+
+What was found is kept in a file for each device, set of versions, form and bucket of shapes, in the folder that
+`ATTN_REWRITER_CACHE` names or the user's cache folder. A file is written beside and moved into its place, so that
+processes that tune at the same time leave a whole one; a file that can't be read is measured again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch._guards import TracingContext, tracing
+from torch._subclasses import FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils.benchmark import Timer
+
+from attn_rewriter.choose import usable
+from attn_rewriter.describe import Description
+from attn_rewriter.device import Device
+from attn_rewriter.emit import Operands
+from attn_rewriter.graph import tensor
+from attn_rewriter.kernels import KERNELS
+from attn_rewriter.kernels.flash import Flash
+
+log = logging.getLogger("attn_rewriter")
+
+_SECONDS = 0.1  # of timing, for each kernel and pass
+_PACKAGES = ("torch", "triton", "attn-rewriter", *(version.distribution for version in Flash.versions.values()))
+
+Times = dict[str, float]
+"""Milliseconds by kernel: forward, or in training forward and backward."""
+
+_known: dict[str, Times] = {}
+
+
+def times(found: Description, device: Device, *, inductor: bool = True) -> Times:
+    """Of every kernel that can be chosen for a site, the fastest first; empty where there is nothing to choose, sizes
+    that only the run knows, or another device than the tensors'."""
+    names = usable(found.spec, found.shapes, device, inductor=inductor)
+    if len(names) < 2 or not _is_static(found) or device != Device.of(tensor(found.operands["query"].node).device):  # type: ignore[union-attr]
+        return {}
+    about = _about(found, device, names)
+    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    if key not in _known:
+        _known[key] = _read(key, names) or _measured(found, device, names, key, about)
+    return dict(sorted(_known[key].items(), key=lambda item: item[1]))
+
+
+def _is_static(found: Description) -> bool:
+    values = [tensor(state.node) for state in found.operands.values()]
+    return not found.shapes.is_dynamic and all(
+        value is not None and all(isinstance(n, int) for n in (*value.shape, *value.stride())) for value in values
+    )
+
+
+# ------------------------------------------------------------------------------------------------ timing
+
+
+def _measured(found: Description, device: Device, names: Sequence[str], key: str, about: dict[str, Any]) -> Times:
+    """Time the kernels, and keep the result."""
+    measured: Times = {}
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if device.type == "cuda" else []):
+        for name in names:
+            with _progress(f"timing {name} for {found.spec} at {found.shapes}"):
+                try:
+                    measured[name] = _time(found, device, name)
+                except Exception as error:  # out of memory, or a kernel that fails: one less to choose from
+                    log.info("%s could not be timed: %s: %s", name, type(error).__name__, error)
+    _write(key, {**about, "milliseconds": measured})
+    return measured
+
+
+def _progress(task: str) -> AbstractContextManager[Any]:
+    """What is done, while it is done; nothing where the output is not a terminal."""
+    console = Console(stderr=True)
+    return console.status(task) if console.is_terminal else nullcontext()
+
+
+def _time(found: Description, device: Device, name: str) -> float:
+    """Milliseconds of one kernel: its forward pass and, where the site needs it, its backward pass."""
+    operands = Operands(found, _sample, lambda x, dtype: x.to(dtype), lambda n: n)
+    names = list(operands)
+    held = [operands[name] for name in names]
+    wanted = [x for x in held if isinstance(x, torch.Tensor) and x.requires_grad]
+
+    def attend(*held: Any) -> torch.Tensor:
+        return KERNELS[name](found.spec, found.shapes, device, dict(zip(names, held)))
+
+    run = _compiled(attend, held) if KERNELS[name].needs_inductor else attend
+
+    def step() -> None:
+        with torch.set_grad_enabled(found.shapes.needs_backward):
+            output = run(*held)
+            if output.requires_grad:
+                torch.autograd.grad(output, wanted, torch.ones_like(output), allow_unused=True)
+
+    for _ in range(2):
+        step()
+    timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=_SECONDS).median * 1e3
+
+
+def _compiled(function: Callable[..., torch.Tensor], args: Sequence[Any]) -> Callable[..., torch.Tensor]:
+    """A function as Inductor compiles it, not traced by Dynamo: as one node of a graph, like those that are emitted."""
+    from torch._inductor.compile_fx import compile_fx  # takes seconds where Inductor is not in use
+
+    graph = Graph()
+    graph.output((graph.call_function(function, tuple(graph.placeholder(f"arg{i}") for i in range(len(args)))),))
+    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
+    with tracing(TracingContext(mode)):
+        inputs = [mode.from_tensor(x, static_shapes=True) if isinstance(x, torch.Tensor) else x for x in args]
+        compiled: Any = compile_fx(GraphModule({}, graph), inputs)
+    return lambda *args: compiled(*args)[0]
+
+
+def _sample(node: Any) -> Any:
+    """A tensor like a node's, with numbers in it, or whatever else an operand is."""
+    like = tensor(node)
+    if like is None or not isinstance(node, Node):
+        return node
+    held = 1 + sum((n - 1) * stride for n, stride in zip(like.shape, like.stride()))
+    flat = torch.ones(held, dtype=like.dtype, device=like.device)  # masks that hide nothing, lengths that are in range
+    if like.dtype.is_floating_point:
+        flat.normal_()
+    return flat.as_strided(like.shape, like.stride()).requires_grad_(like.requires_grad)
+
+
+# ----------------------------------------------------------------------------------------------- keeping
+
+
+def _about(found: Description, device: Device, names: Sequence[str]) -> dict[str, Any]:
+    """All that the times depend on, lengths up to the next power of two."""
+    shapes = replace(found.shapes, q_len=_bucket(found.shapes.q_len), kv_len=_bucket(found.shapes.kv_len))
+    return {
+        "device": [device.type, device.capability, device.name, torch.get_num_threads()],
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "spec": repr(found.spec),
+        "shapes": repr(shapes),
+        "kernels": sorted(names),
+    }
+
+
+def _bucket(length: Any) -> int:
+    return 1 << (length - 1).bit_length()
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def folder() -> Path:
+    """Where the files are."""
+    if given := os.environ.get("ATTN_REWRITER_CACHE"):
+        return Path(given)
+    import platformdirs  # wanted by nobody who does not tune
+
+    return Path(platformdirs.user_cache_dir("attn_rewriter"))
+
+
+def _read(key: str, names: Sequence[str]) -> Times:
+    path = folder() / f"{key}.json"
+    try:
+        held = json.loads(path.read_text())["milliseconds"]
+        return {name: float(held[name]) for name in names if name in held}
+    except FileNotFoundError:
+        return {}
+    except Exception as error:
+        warnings.warn(f"attn_rewriter ignores {path}: {type(error).__name__}: {error}", stacklevel=2)
+        return {}
+
+
+def _write(key: str, held: dict[str, Any]) -> None:
+    path = folder() / f"{key}.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".partial", delete=False) as file:
+            json.dump(held, file, indent=1)
+        os.replace(file.name, path)
+    except OSError as error:
+        warnings.warn(f"attn_rewriter can't keep what it timed in {path}: {error}", stacklevel=2)

@@ -1,0 +1,184 @@
+"""Choosing by timing: what is taken, what is kept, and what goes wrong without taking the run down."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import attn_rewriter
+from attn_rewriter import Report, autotune
+from tests.accuracy import assert_as_accurate
+from tests.running import with_gradients
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("ATTN_REWRITER_CACHE", str(tmp_path / "cache"))
+    autotune._known.clear()
+    torch._dynamo.reset()
+    yield tmp_path / "cache"
+    autotune._known.clear()
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return (q @ k.mT * 0.25 + bias).softmax(-1) @ v
+
+
+def inputs(length: int = 40, requires_grad: bool = False) -> list[Tensor]:
+    torch.manual_seed(0)
+    shapes = (*[(2, 3, length, 16)] * 3, (3, length, length))
+    return [torch.randn(shape, requires_grad=requires_grad) for shape in shapes]
+
+
+def tuned(given: list[Tensor], **options: Any) -> Report:
+    """The report of a tuned attention, which computed what it should."""
+    torch._dynamo.reset()
+    options = {"autotune": True, **options}
+    function = attn_rewriter.optimize(attention, dynamic=False, **options)
+    with torch.set_grad_enabled(given[0].requires_grad):
+        torch.testing.assert_close(function(*given), attention(*given))
+    return attn_rewriter.report_of(function)
+
+
+def timing(**milliseconds: float) -> Callable[..., float]:
+    """A clock that shows these times, and fails for other kernels."""
+
+    def time(found: Any, device: Any, name: str) -> float:
+        return milliseconds[name]
+
+    return time
+
+
+def never(*args: Any) -> float:
+    raise AssertionError("timed again")
+
+
+def test_kernels_are_timed_and_the_fastest_runs() -> None:
+    (site,) = tuned(inputs()).sites
+    times = dict(site.times)
+    assert times.keys() == {"sdpa", "flex"} and min(times.values()) > 0
+    assert site.kernel == min(times, key=lambda name: times[name]) == site.times[0][0]
+    assert "timed: " in str(Report((site,)))
+
+
+@pytest.mark.parametrize("fastest", ["sdpa", "flex"])
+@pytest.mark.parametrize("how", [{"autotune": True}, {"autotune": False, "mode": "max-autotune-no-cudagraphs"}])
+def test_what_is_fastest_is_taken_and_kept(
+    fastest: str, how: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = timing(**{"sdpa": 2.0, "flex": 3.0, fastest: 1.0})
+    monkeypatch.setattr(autotune, "_time", clock)
+    (site,) = tuned(inputs(), **how).sites
+    assert site.kernel == fastest and site.to_dict()["times"][fastest] == 1.0
+    monkeypatch.setattr(autotune, "_time", never)
+    for forget in (False, True):  # from memory, then from the file
+        if forget:
+            autotune._known.clear()
+        assert [site.kernel for site in tuned(inputs(), **how).sites] == [fastest]
+    assert [site.kernel for site in tuned(inputs(50), **how).sites] == [fastest]  # of the same bucket, 33 to 64
+    assert len([*folder.iterdir()]) == 1
+    monkeypatch.setattr(autotune, "_time", clock)
+    tuned(inputs(70), **how)
+    assert len([*folder.iterdir()]) == 2
+
+
+def test_training_is_timed_with_its_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    grad = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: seen.append(args) or grad(*args, **kwargs))
+    timed = autotune._time
+    monkeypatch.setattr(autotune, "usable", lambda *args, **kwargs: ("sdpa", "reference"))
+    monkeypatch.setattr(autotune, "_time", lambda *args: timed(*args))
+    given = inputs(requires_grad=True)
+    function = attn_rewriter.optimize(attention, autotune=True, compiler="aot_eager", dynamic=False)
+    fused, eager = with_gradients(function, given), with_gradients(attention, given)
+    exact = with_gradients(attention, [x.detach().double().requires_grad_() for x in given])
+    assert_as_accurate(fused, eager, exact)
+    assert len(seen) > 4
+    (site,) = attn_rewriter.report_of(function).sites
+    assert dict(site.times).keys() == {"sdpa", "reference"}
+
+
+def test_random_numbers_are_as_without() -> None:
+    state = torch.random.get_rng_state()
+    given = inputs()
+    torch.random.set_rng_state(state)
+    function = attn_rewriter.optimize(attention, autotune=True, dynamic=False)
+    function(*given)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_kernel_that_fails_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autotune, "_time", timing(flex=9.0))  # sdpa: KeyError, as if out of memory
+    (site,) = tuned(inputs()).sites
+    assert site.times == (("flex", 9.0),) and site.kernel == "flex"
+
+
+def test_a_kernel_that_is_asked_for_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autotune, "_time", never)
+    (site,) = tuned(inputs(), kernel="sdpa").sites
+    assert site.kernel == "sdpa" and not site.times
+
+
+def test_sizes_that_only_the_run_knows_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autotune, "_time", never)
+    function = attn_rewriter.optimize(attention, autotune=True, compiler="aot_eager", dynamic=True, strict=True)
+    function(*inputs())
+    assert attn_rewriter.report_of(function).sites[0].kernel == "sdpa"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"milliseconds": {"sdpa": "fast"}}'])
+def test_a_corrupt_file_is_measured_again(content: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autotune, "_time", timing(sdpa=2.0, flex=1.0))
+    tuned(inputs())
+    (path,) = folder.iterdir()
+    path.write_text(content)
+    autotune._known.clear()
+    with pytest.warns(UserWarning, match=f"attn_rewriter ignores {path}"):
+        tuned(inputs())
+    assert json.loads(path.read_text())["milliseconds"] == {"sdpa": 2.0, "flex": 1.0}
+
+
+def test_a_folder_that_cannot_be_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autotune, "_time", timing(sdpa=2.0, flex=1.0))
+    folder.write_text("a file is in the way")
+    with pytest.warns(UserWarning, match="can't keep what it timed"):
+        (site,) = tuned(inputs()).sites
+    assert site.kernel == "flex"
+
+
+def test_another_version_is_timed_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autotune, "_time", timing(sdpa=2.0, flex=1.0))
+    tuned(inputs())
+    monkeypatch.setattr(autotune, "_version", lambda package: "another")
+    tuned(inputs())
+    assert len([*folder.iterdir()]) == 2
+
+
+def _write_often(folder: str, key: str) -> None:
+    import os
+
+    os.environ["ATTN_REWRITER_CACHE"] = folder
+    for n in range(200):
+        autotune._write(key, {"milliseconds": {"sdpa": float(n), "flex": 1.0}, "padding": "x" * 5000})
+
+
+def test_processes_that_write_at_the_same_time_leave_a_whole_file(folder: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=_write_often, args=(str(folder), "key")) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    seen = 0
+    while any(writer.is_alive() for writer in writers):
+        seen += len(autotune._read("key", ("sdpa", "flex"))) == 2  # a torn file would warn, which is an error here
+    for writer in writers:
+        writer.join()
+        assert writer.exitcode == 0
+    assert seen and [path.name for path in folder.iterdir()] == ["key.json"]
