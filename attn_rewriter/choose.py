@@ -38,7 +38,7 @@ def order(spec: AttentionSpec, shapes: Shapes, device: Device) -> tuple[str, ...
     for a few queries there is nothing to leave out, and up to a few blocks of keys and no bias it takes longer to find
     out what (`python -m attn_rewriter bench masks`). In float32 its backward pass has tiles of 16, whatever the card.
     """
-    if device.type != "cuda":
+    if device.platform != "cuda":
         return _in_order("sdpa", "flex")
     few = isinstance(shapes.q_len, int) and shapes.q_len <= FEW_QUERIES
     if spec.is_plain(shapes):

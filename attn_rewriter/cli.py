@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     run.add_argument("script", type=Path)
     run.add_argument("args", nargs=argparse.REMAINDER, help="the script's own arguments")
     doctor_parser = commands.add_parser("doctor", help="what this machine has, and what would be chosen and why")
-    doctor_parser.add_argument("--device", help="imagine another device: cpu, mps, sm_80, sm_90, …")
+    doctor_parser.add_argument("--device", help="imagine another device: cpu, mps, sm_80, sm_90, gfx942, …")
     bench = commands.add_parser("bench", help="measure kernels and forms of attention on this machine")
     arguments = sys.argv[1:] if argv is None else argv
     if arguments[:1] == ["bench"]:

@@ -10,11 +10,18 @@ import torch
 
 @dataclass(frozen=True)
 class Device:
-    """A device type as in `torch.device.type`, and for CUDA devices the compute capability, `(9, 0)` for Hopper."""
+    """A device type as in `torch.device.type`; for NVIDIA's the compute capability, `(9, 0)` for Hopper, and for AMD's,
+    which PyTorch calls "cuda" as well, the architecture, "gfx942" for an MI300."""
 
     type: str
     capability: tuple[int, int] | None = None
     name: str = ""
+    arch: str = ""
+
+    @property
+    def platform(self) -> str:
+        """What kernels are written for: the device's type, but "rocm" for AMD's."""
+        return "rocm" if self.arch else self.type
 
     @classmethod
     def of(cls, device: torch.device) -> Device:
@@ -22,6 +29,8 @@ class Device:
         if device.type != "cuda" or not torch.cuda.is_available():
             return cls(device.type)
         properties = torch.cuda.get_device_properties(device)
+        if torch.version.hip:
+            return cls("cuda", None, properties.name, properties.gcnArchName.split(":")[0])
         return cls("cuda", (properties.major, properties.minor), properties.name)
 
     @classmethod
@@ -32,7 +41,8 @@ class Device:
 
     @classmethod
     def parse(cls, device: Device | torch.device | str) -> Device:
-        """A `Device`, a `torch.device`, or a name: "cpu", "mps", "cuda", … or a capability such as "sm_90".
+        """A `Device`, a `torch.device`, or a name: "cpu", "mps", "cuda", …, a compute capability such as "sm_90", or an
+        architecture of AMD's such as "gfx942".
 
         Raises `ValueError` for anything else.
         """
@@ -42,15 +52,18 @@ class Device:
             return cls.of(device)
         if isinstance(device, str) and (found := re.fullmatch(r"sm_(\d+)(\d)[af]?", device)):
             return cls("cuda", (int(found[1]), int(found[2])))
+        if isinstance(device, str) and re.fullmatch(r"gfx[0-9a-f]{3,4}", device):
+            return cls("cuda", arch=device)
+        if device == "npu":  # unknown to PyTorch until torch_npu is imported
+            return cls("npu")
         try:
             return cls.of(torch.device(device))
         except (RuntimeError, TypeError):
             raise ValueError(
-                f"unknown device {device!r}: use a torch device such as 'cpu' or 'cuda:0', or a compute capability "
-                "such as 'sm_80', 'sm_90' or 'sm_100'"
+                f"unknown device {device!r}: use a torch device such as 'cpu' or 'cuda:0', a compute capability such "
+                "as 'sm_80', 'sm_90' or 'sm_100', or an architecture of AMD's such as 'gfx942'"
             ) from None
 
     def __str__(self) -> str:
-        if self.capability is None:
-            return self.type
-        return f"sm_{self.capability[0]}{self.capability[1]}" + (f" ({self.name})" if self.name else "")
+        kind = self.arch or (f"sm_{self.capability[0]}{self.capability[1]}" if self.capability else self.type)
+        return kind + (f" ({self.name})" if self.name else "")

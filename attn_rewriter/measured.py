@@ -24,7 +24,7 @@ TYPICAL_LENGTH = 2048
 def table(device: Device) -> tuple[dict[str, Any], ...]:
     """The cells for a device: head_dim, length, causal, groups (query heads a key head), and milliseconds of each
     kernel, "forward" and "backward". Empty where nothing was measured."""
-    if device.type != "cuda" or device.capability is None:
+    if device.capability is None:
         return ()
     path = FOLDER / f"sm_{device.capability[0]}{device.capability[1]}.json"
     return tuple(json.loads(path.read_text())["cells"]) if path.exists() else ()

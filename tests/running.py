@@ -95,3 +95,10 @@ def joined(draws: Iterable[Any]) -> Any:
     if isinstance(first, (tuple, list)):
         return [joined(parts) for parts in zip(first, *rest)]
     return None if first is None else torch.stack([first, *rest])
+
+
+def together(gradients: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """All gradients as one tensor. One rounding unit is that of the largest: where the weights have a single 1, the
+    gradients of query and key are differences of large numbers that cancel."""
+    held = [g.flatten() for g in gradients if g is not None]
+    return torch.cat([g.to(held[0].dtype) for g in held]) if held else None

@@ -29,7 +29,7 @@ from attn_rewriter import AttentionSpec, Device, Refusal, Report
 from attn_rewriter.choose import Choice, choose
 from attn_rewriter.spec import Mask, Shapes, TensorMask
 from tests.accuracy import assert_as_accurate, error, rounding_unit
-from tests.running import DRAWS, joined, rewritten, truth, with_gradients
+from tests.running import DRAWS, joined, rewritten, together, truth, with_gradients
 
 EXAMPLES = int(os.environ.get("ATTN_REWRITER_EXAMPLES", 50))
 SEED = os.environ.get("ATTN_REWRITER_SEED")
@@ -731,13 +731,6 @@ def outcome(function: Callable[..., Any], inputs: Sequence[Any], run: Any = with
     outputs = [result] if isinstance(result, Tensor) else [*result]
     written = [] if run is truth else [x.detach() for x in given if isinstance(x, Tensor)]
     return {"outputs": outputs, "gradients": gradients, "written": written}
-
-
-def together(gradients: Sequence[Tensor | None]) -> Tensor | None:
-    """All gradients as one tensor. One rounding unit is that of the largest: where the weights have a single 1, the
-    gradients of query and key are differences of large numbers that cancel."""
-    held = [g.flatten() for g in gradients if g is not None]
-    return torch.cat([g.to(held[0].dtype) for g in held]) if held else None
 
 
 def assert_sound(

@@ -316,7 +316,7 @@ class Picky(Kernel):
 
     name = "picky"
     limits = attn_rewriter.kernels.Limits(
-        devices=frozenset({"cuda"}), min_capability=(9, 0), dtypes=frozenset({torch.bfloat16}), max_head_dim=4
+        platforms=frozenset({"cuda"}), min_capability=(9, 0), dtypes=frozenset({torch.bfloat16}), max_head_dim=4
     )
 
 

@@ -22,10 +22,12 @@ def number(size: Size, tensors: Tensors) -> Any:
 
 @dataclass(frozen=True)
 class Limits:
-    """The part of a declaration that is the same for all kernels; None means no limit. `max_blocks` is what CUDA
-    takes in the dimensions of a grid that kernels give to batch and heads."""
+    """The part of a declaration that is the same for all kernels; None means no limit. `platforms` are those of
+    `Device.platform`, `archs` AMD's architectures. `max_blocks` is what CUDA takes in the dimensions of a grid that
+    kernels give to batch and heads."""
 
-    devices: frozenset[str] | None = None
+    platforms: frozenset[str] | None = None
+    archs: frozenset[str] = frozenset({"gfx90a", "gfx942", "gfx950"})
     min_capability: tuple[int, int] | None = None
     dtypes: frozenset[torch.dtype] | None = None
     max_head_dim: int | None = None
@@ -34,9 +36,11 @@ class Limits:
     def refusals(self, shapes: Shapes, device: Device) -> list[str]:
         """One sentence for each limit that is not kept."""
         reasons = []
-        if self.devices is not None and device.type not in self.devices:
-            reasons.append(f"runs on {' and '.join(sorted(self.devices))}, not on {device.type}")
-        elif device.type == "cuda" and (device.capability or (0, 0)) < (self.min_capability or (0, 0)):
+        if self.platforms is not None and device.platform not in self.platforms:
+            reasons.append(f"runs on {', '.join(sorted(self.platforms))}, not on {device.platform}")
+        elif self.platforms is not None and device.platform == "rocm" and device.arch not in self.archs:
+            reasons.append(f"runs on {', '.join(sorted(self.archs))} of AMD's, this is {device}")
+        elif device.platform == "cuda" and (device.capability or (0, 0)) < (self.min_capability or (0, 0)):
             assert self.min_capability is not None
             reasons.append(f"needs sm_{self.min_capability[0]}{self.min_capability[1]} or newer, this is {device}")
         if self.dtypes is not None and shapes.dtype not in self.dtypes:

@@ -18,7 +18,11 @@ class FA2(Flash):
     at_least = "2.7"  # its functions have had these arguments since; 2.0 aligned causal with the first query and key
     has_dropout = True
     limits = Limits(
-        devices=frozenset({"cuda"}), min_capability=(8, 0), dtypes=HALF, max_head_dim=256, max_blocks=2**16 - 1
+        platforms=frozenset({"cuda", "rocm"}),
+        min_capability=(8, 0),
+        dtypes=HALF,
+        max_head_dim=256,
+        max_blocks=2**16 - 1,
     )
 
     @staticmethod

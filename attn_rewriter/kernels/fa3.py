@@ -23,12 +23,12 @@ class FA3(Flash):
     module = "flash_attn_interface"
     at_least = "3.0.0b1"
     limits = Limits(
-        devices=frozenset({"cuda"}), min_capability=(9, 0), dtypes=HALF, max_head_dim=256, max_blocks=2**16 - 1
+        platforms=frozenset({"cuda"}), min_capability=(9, 0), dtypes=HALF, max_head_dim=256, max_blocks=2**16 - 1
     )
 
     def refusals(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> list[str]:
         reasons = super().refusals(spec, shapes, device)
-        if device.type == "cuda" and (device.capability or (0, 0)) >= (10, 0):
+        if device.platform == "cuda" and (device.capability or (0, 0)) >= (10, 0):
             reasons.insert(0, f"is for sm_90, this is {device}")
         return reasons
 

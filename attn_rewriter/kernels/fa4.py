@@ -23,7 +23,7 @@ class FA4(Flash):
     module = "flash_attn.cute.interface"
     at_least = "4.0.0b30"
     limits = Limits(
-        devices=frozenset({"cuda"}), min_capability=(8, 0), dtypes=HALF, max_head_dim=256, max_blocks=2**16 - 1
+        platforms=frozenset({"cuda"}), min_capability=(8, 0), dtypes=HALF, max_head_dim=256, max_blocks=2**16 - 1
     )
 
     def refusals(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> list[str]:

@@ -49,7 +49,7 @@ class Flex(Kernel):
     name = "flex"
     needs_inductor = True
     limits = Limits(
-        devices=frozenset({"cpu", "cuda"}),
+        platforms=frozenset({"cpu", "cuda", "rocm", "xpu"}),
         min_capability=(8, 0),
         dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),
         max_blocks=2**16 - 1,
