@@ -35,6 +35,7 @@ from attn_rewriter.emit import Operands
 from attn_rewriter.graph import tensor
 from attn_rewriter.kernels import KERNELS
 from attn_rewriter.kernels.flash import Flash
+from attn_rewriter.spec import And, Mask, Not, Predicate, TensorMask
 
 log = logging.getLogger("attn_rewriter")
 
@@ -73,14 +74,17 @@ def _is_static(found: Description) -> bool:
 def _measured(found: Description, device: Device, names: Sequence[str], key: str, about: dict[str, Any]) -> Times:
     """Time the kernels, and keep the result."""
     measured: Times = {}
+    full = False
     with torch.random.fork_rng(range(torch.cuda.device_count()) if device.type == "cuda" else []):
         for name in names:
             with _progress(f"timing {name} for {found.spec} at {found.shapes}"):
                 try:
                     measured[name] = _time(found, device, name)
-                except Exception as error:  # out of memory, or a kernel that fails: one less to choose from
+                except Exception as error:  # a kernel that fails is one less to choose from
                     log.info("%s could not be timed: %s: %s", name, type(error).__name__, error)
-    _write(key, {**about, "milliseconds": measured})
+                    full = full or isinstance(error, torch.OutOfMemoryError)
+    if not full:  # which is so now, and not for good
+        _write(key, {**about, "milliseconds": measured})
     return measured
 
 
@@ -91,8 +95,10 @@ def _progress(task: str) -> AbstractContextManager[Any]:
 
 
 def _time(found: Description, device: Device, name: str) -> float:
-    """Milliseconds of one kernel: its forward pass and, where the site needs it, its backward pass."""
-    operands = Operands(found, _sample, lambda x, dtype: x.to(dtype), lambda n: n)
+    """Milliseconds of one kernel: its forward pass and, where the site needs it, its backward pass. (FlexAttention's
+    block mask counts in full, though layers share it.)"""
+    samples = Samples(found)
+    operands = Operands(found, samples, lambda x, dtype: x.to(dtype), lambda n: n)
     names = list(operands)
     held = [operands[name] for name in names]
     wanted = [x for x in held if isinstance(x, torch.Tensor) and x.requires_grad]
@@ -127,16 +133,44 @@ def _compiled(function: Callable[..., torch.Tensor], args: Sequence[Any]) -> Cal
     return lambda *args: compiled(*args)[0]
 
 
-def _sample(node: Any) -> Any:
-    """A tensor like a node's, with numbers in it, or whatever else an operand is."""
-    like = tensor(node)
-    if like is None or not isinstance(node, Node):
-        return node
-    held = 1 + sum((n - 1) * stride for n, stride in zip(like.shape, like.stride()))
-    flat = torch.ones(held, dtype=like.dtype, device=like.device)  # masks that hide nothing, lengths that are in range
-    if like.dtype.is_floating_point:
-        flat.normal_()
-    return flat.as_strided(like.shape, like.stride()).requires_grad_(like.requires_grad)
+class Samples:
+    """Tensors that lie in memory like those of the graph: random numbers, and masks that hide as little as they can,
+    as nothing is known of their contents."""
+
+    def __init__(self, found: Description) -> None:
+        self._contents: dict[Any, float] = {}
+        names: dict[str, float] = {}
+        for mask in (m for m in found.spec.modifiers if isinstance(m, Mask)):
+            self._keep(mask.keep, True, names, found.shapes.kv_len)
+            if mask.tensor is not None:
+                names[str(mask.tensor)] = float(mask.form == "keep")
+        for name, content in names.items():
+            self._contents[found.operands[name].node] = content
+
+    def _keep(self, predicate: Predicate, wanted: bool, names: dict[str, float], kv_len: Any) -> None:
+        """What the tensors of a predicate must hold for it to be as wanted. (A length, offset or position as large as
+        the last one keeps all keys.)"""
+        match predicate:
+            case Not(term):
+                self._keep(term, not wanted, names, kv_len)
+            case And(terms):
+                for term in terms:
+                    self._keep(term, wanted, names, kv_len)
+            case TensorMask(tensor=name, additive=additive):
+                names[str(name)] = float(wanted != additive)
+            case _:
+                names.update(dict.fromkeys(map(str, predicate.tensors()), float(kv_len)))
+
+    def __call__(self, node: Any) -> Any:
+        """A tensor like a node's, or whatever else an operand is."""
+        like = tensor(node)
+        if like is None or not isinstance(node, Node):
+            return node
+        held = 1 + sum((n - 1) * stride for n, stride in zip(like.shape, like.stride()))
+        flat = torch.full((held,), self._contents.get(node, 1.0), device=like.device).to(like.dtype)
+        if like.dtype.is_floating_point and node not in self._contents:
+            flat.normal_()
+        return flat.as_strided(like.shape, like.stride()).requires_grad_(like.requires_grad)
 
 
 # ----------------------------------------------------------------------------------------------- keeping

@@ -21,7 +21,8 @@ class Backend:
 
     The rewritten graph holds operations of PyTorch, so that the caches of AOTAutograd and Inductor work as ever: they
     are keyed by the graph, and another option or version that rewrites differently makes another graph. (Functions of
-    this package in it, as for FlexAttention, keep AOTAutograd from caching it; they are gone when Inductor sees it.)
+    this package in it, as for FlexAttention, keep AOTAutograd from caching it; they are gone when Inductor sees it.
+    flash-attention's packages are called by an operator, `kernels/flash.py`.)
     """
 
     def __init__(self, options: Options | None = None, *, device: Device | None = None, dry: bool = False) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import count
 
 from torch.fx import GraphModule
 
@@ -21,6 +23,7 @@ from attn_rewriter.find import Site, find
 from attn_rewriter.graph import Facts, erase_unused, module_path, source, tensor
 from attn_rewriter.lower import lower, obstacle
 from attn_rewriter.report import Report, SiteReport
+from attn_rewriter.spec import AttentionSpec
 from attn_rewriter.splice import share
 
 log = logging.getLogger("attn_rewriter")
@@ -44,8 +47,9 @@ def rewrite(gm: GraphModule, settings: Settings) -> Report:
     """Rewrite every site of a graph in place, and report on each."""
     started = time.perf_counter()
     sites: list[SiteReport] = []
+    random = count()
     for facts in _graphs(gm):
-        sites += _rewrite(facts, settings)
+        sites += _rewrite(facts, settings, random)
         share(facts)
         owner = facts.graph.owning_module
         assert owner is not None
@@ -70,11 +74,11 @@ def _graphs(gm: GraphModule) -> Iterator[Facts]:
         yield facts
 
 
-def _rewrite(facts: Facts, settings: Settings) -> Iterator[SiteReport]:
+def _rewrite(facts: Facts, settings: Settings, random: Iterator[int]) -> Iterator[SiteReport]:
     for site in [*find(facts)]:
         unread = SiteReport(module_path(site.anchor), source(site.anchor))
         try:
-            yield _rewrite_site(site, facts, settings, unread)
+            yield _rewrite_site(site, facts, settings, random, unread)
         except KernelUnavailable as error:
             raise KernelUnavailable(f"{unread.place}: {error}") from None
         except Exception as error:
@@ -86,7 +90,9 @@ def _rewrite(facts: Facts, settings: Settings) -> Iterator[SiteReport]:
             yield replace(unread, refusals=(Refusal("internal", f"{type(error).__name__}: {error}", site.anchor),))
 
 
-def _rewrite_site(site: Site, facts: Facts, settings: Settings, unread: SiteReport) -> SiteReport:
+def _rewrite_site(
+    site: Site, facts: Facts, settings: Settings, random: Iterator[int], unread: SiteReport
+) -> SiteReport:
     if site.kind == "mha":
         reason = obstacle(site.anchor, site.call) or "it could not be opened"
         return replace(unread, refusals=(Refusal("lower", reason, site.anchor),))
@@ -104,7 +110,16 @@ def _rewrite_site(site: Site, facts: Facts, settings: Settings, unread: SiteRepo
     read = replace(unread, spec=found.spec, shapes=found.shapes, times=tuple(timed.items()))
     if isinstance(choice, Refusal):
         return replace(read, refusals=(choice,))
+    if found.spec.dropout_p:
+        found = replace(found, spec=_of_its_own(found.spec, next(random)))
     emitted = emit(site, found, choice.kernel, device, facts) if not settings.dry else None
     if isinstance(emitted, Refusal):
         return replace(read, refusals=(*choice.refused, emitted))
     return replace(read, kernel=choice.kernel.name, refusals=choice.refused)
+
+
+def _of_its_own(spec: AttentionSpec, n: int) -> AttentionSpec:
+    """The same with a probability that is less by some units in the last place. AOTAutograd merges equal calls of
+    anything but PyTorch's plain random operators, so that two attentions with equal inputs would drop the same weights
+    (`fx_graph_cse` in `torch/_functorch/compile_utils.py`, 2.11 to 2.13)."""
+    return replace(spec, dropout_p=spec.dropout_p - n * math.ulp(spec.dropout_p))

@@ -74,22 +74,39 @@ def _open(side: int) -> int | None:
 
 
 def _version_2() -> dict[str, Any]:
+    """With its dropout simplified: each head of each sequence is kept, and scaled, or dropped as a whole."""
+
+    def kept(q, dropout_p, state):
+        if not dropout_p:
+            return 1.0
+        generator = torch.Generator().manual_seed(int(state[0]))
+        drawn = torch.rand(q.size(0), 1, q.size(2), 1, generator=generator)
+        return (drawn >= dropout_p).to(q.dtype) / (1 - dropout_p)
+
+    def checked(q, k, dropout_p, causal, window_size_left, window_size_right, softcap):
+        assert not (softcap and dropout_p), "Softcapping does not support dropout for now"
+        assert not causal or window_size_right == 0
+        sides = (side if side < k.size(1) else -1 for side in (window_size_left, window_size_right))
+        return tuple(map(_open, sides))
+
     def _flash_attn_forward(
         q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
         return_softmax,
     ):  # fmt: skip
-        assert alibi_slopes is None and not return_softmax and not dropout_p
-        assert not causal or window_size_right == 0
-        how = softmax_scale, _open(window_size_left), _open(window_size_right), softcap
-        return *attention(q, k, v, *how), q.new_empty(0), torch.full((2,), 7)
+        assert alibi_slopes is None and not return_softmax
+        sides = checked(q, k, dropout_p, causal, window_size_left, window_size_right, softcap)
+        state = torch.randint(1 << 30, (2,)) if dropout_p else torch.zeros(2, dtype=torch.int64)
+        output, logsumexp = attention(q, k, v, softmax_scale, *sides, softcap)
+        output = torch.empty_like(q).copy_(output * kept(q, dropout_p, state))
+        return output, logsumexp, q.new_empty(0), state
 
     def _flash_attn_backward(
         dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left,
         window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
     ):  # fmt: skip
-        assert alibi_slopes is None and rng_state.tolist() == [7, 7]
-        how = softmax_scale, _open(window_size_left), _open(window_size_right), softcap
-        _into((dq, dk, dv), gradients(dout, q, k, v, *how))
+        assert alibi_slopes is None
+        sides = checked(q, k, dropout_p, causal, window_size_left, window_size_right, softcap)
+        _into((dq, dk, dv), gradients(dout * kept(q, dropout_p, rng_state), q, k, v, softmax_scale, *sides, softcap))
 
     return {"_flash_attn_forward": _flash_attn_forward, "_flash_attn_backward": _flash_attn_backward}
 
@@ -111,6 +128,33 @@ def _version_3() -> dict[str, Any]:
     ):  # fmt: skip
         assert cu_seqlens_q is max_seqlen_k is None
         _into((dq, dk, dv), gradients(dout, q, k, v, softmax_scale, *map(_open, window_size), softcap))
+
+    return {"_flash_attn_forward": _flash_attn_forward, "_flash_attn_backward": _flash_attn_backward}
+
+
+def _newer_version_3() -> dict[str, Any]:
+    """Its functions take the sides of the window as two numbers, and everything has a default."""
+    older = _version_3()
+
+    def _flash_attn_forward(
+        q, k, v, k_new=None, v_new=None, qv=None, out_=None, cu_seqlens_q=None, cu_seqlens_k=None,
+        cu_seqlens_k_new=None, seqused_q=None, seqused_k=None, max_seqlen_q=None, max_seqlen_k=None, page_table=None,
+        kv_batch_idx=None, leftpad_k=None, rotary_cos=None, rotary_sin=None, seqlens_rotary=None, q_descale=None,
+        k_descale=None, v_descale=None, softmax_scale=None, causal=False, window_size_left=-1, window_size_right=-1,
+        attention_chunk=0, softcap=0.0, rotary_interleaved=True, scheduler_metadata=None, num_splits=1, pack_gqa=None,
+        sm_margin=0,
+    ):  # fmt: skip
+        window = window_size_left, window_size_right
+        return older["_flash_attn_forward"](q, k, v, *[None] * 20, softmax_scale, causal, window, softcap=softcap)
+
+    def _flash_attn_backward(
+        dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, sequed_q=None, sequed_k=None,
+        max_seqlen_q=None, max_seqlen_k=None, dq=None, dk=None, dv=None, softmax_scale=None, is_causal=False,
+        window_size_left=-1, window_size_right=-1, softcap=0.0, deterministic=False, sm_margin=0,
+    ):  # fmt: skip
+        window = window_size_left, window_size_right
+        given = dout, q, k, v, out, softmax_lse, *[None] * 6, dq, dk, dv, softmax_scale, is_causal, window, softcap
+        older["_flash_attn_backward"](*given)
 
     return {"_flash_attn_forward": _flash_attn_forward, "_flash_attn_backward": _flash_attn_backward}
 
@@ -144,14 +188,15 @@ def _module(name: str, functions: dict[str, Any]) -> dict[str, ModuleType]:
 
 
 @contextmanager
-def installed(**versions: str) -> Iterator[None]:
-    """As if the packages were installed, and could run on CPU; versions by distribution, "_" for "-", None for none."""
+def installed(*, newer: bool = False, **versions: str | None) -> Iterator[None]:
+    """As if the packages were installed, and could run on CPU; versions by distribution, "_" for "-", None for none.
+    `newer` is the newer form of flash-attention 3."""
     found = {**VERSIONS, **{name.replace("_", "-"): version for name, version in versions.items()}}
     modules = {
         **_module("flash_attn", {"__path__": []}),
         **_module("flash_attn.cute", {"__path__": []}),
         **_module("flash_attn.flash_attn_interface", _version_2()),
-        **_module("flash_attn_interface", _version_3()),
+        **_module("flash_attn_interface", _newer_version_3() if newer else _version_3()),
         **_module("flash_attn.cute.interface", _version_4()),
     }
     real = metadata.version

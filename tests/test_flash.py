@@ -8,11 +8,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from attn_rewriter import AttentionSpec, Device, measured
 from attn_rewriter.choose import Choice, choose
 from attn_rewriter.kernels import KERNELS
-from attn_rewriter.kernels.flash import Flash, flash_form
+from attn_rewriter.kernels.flash import Flash, flash_attention, flash_form
 from attn_rewriter.spec import Band, Mask, Scale, Shapes, Softcap
 from tests.accuracy import assert_as_accurate
 from tests.running import DRAWS, joined, rewritten, truth, with_gradients
@@ -37,23 +39,42 @@ def shapes(q_len: int = 256, kv_len: int = 256, head_dim: int = 64, dtype: torch
 VERSIONS = sorted(Flash.versions)
 
 # One spelling of each form: that all spellings are read as it, `test_spellings.py` shows.
-FORMS = [*{s.computes: s for s in SPELLINGS if not s.random and s.computes and s.n_sites == 1}.values()]
+FORMS = [*{s.computes: s for s in SPELLINGS[::-1] if not s.random and s.computes and s.n_sites == 1}.values()]
+
+
+TAKEN = {
+    "plain",
+    "scale 0.3536",
+    "scale 0.25",
+    "scale 0.5",
+    "scale 0.1768",
+    "scale -1",
+    "scale tensor",
+    "scale 0.3536, gate",
+    "scale 0.3536, every key",
+    "scale 0.3536, causal",
+    "causal, scale 0.3536",
+    "scale 0.3536, causal, gate",
+    "scale 0.3536, causal, offset 2",
+    "scale 0.3536, causal, sliding window 3",
+    "scale 0.25, softcap 30",
+    "scale 0.3536, softcap 2, causal",
+}
 
 
 @pytest.mark.parametrize("spelling", FORMS, ids=lambda s: s.computes)
 def test_result_and_gradients(spelling: Spelling) -> None:
     """In a graph, where one operator serves all versions; each by itself is for `test_kernels.py`."""
-    kernel = "fa4"
     draws = [spelling.inputs(torch.bfloat16, seed) for seed in range(DRAWS)]
     try:
         eager = joined(with_gradients(spelling.function, inputs) for inputs in draws)
     except RuntimeError as error:
         pytest.skip(f"eager raises: {error}")
-    function, report = rewritten(spelling.function, kernel=[kernel, "reference"], device="sm_90")
+    function, report = rewritten(spelling.function, kernel=["fa4", "reference"], device="sm_90")
     fused = joined(with_gradients(function, inputs) for inputs in draws)
+    (site,) = report().sites
+    assert (site.kernel == "fa4") == (spelling.computes in TAKEN), site
     assert_as_accurate(fused, eager, joined(truth(spelling.function, inputs) for inputs in draws))
-    for site in report().sites:  # what it refuses, it refuses for a reason
-        assert site.kernel == kernel or any(refusal.reason.startswith(f"{kernel}: ") for refusal in site.refusals)
 
 
 @pytest.mark.parametrize("kernel", VERSIONS)
@@ -71,6 +92,8 @@ def test_every_version_is_taken_for_windows(kernel: str, q_len: int, kv_len: int
     [
         (band(None, 0), shapes(64, 256), "sm_90", "aligns its windows with the last query and key"),
         (band(3, None), shapes(), "sm_90", "aligns its windows"),
+        (band(-5, 0), shapes(100, 10), "sm_90", "aligns its windows"),
+        (band(-100, -50), shapes(100, 10), "sm_90", "takes windows over at least as many keys as queries"),
         (band(None, 0), shapes(head_dim=512), "sm_90", "head_dim is at most 256"),
         (band(None, 0), shapes(head_dim=36), "sm_90", "a multiple of 8"),
         (band(None, 0), shapes(dtype=torch.float32), "sm_90", "bfloat16, float16, not in float32"),
@@ -162,12 +185,84 @@ def test_tables_name_kernels_and_where_they_are_from() -> None:
 
 
 def test_dropout_is_for_version_2() -> None:
-    spec = AttentionSpec((Scale(0.125), Softcap(30.0)), dropout_p=0.1)
-    choice = choose(spec, shapes(), Device.parse("sm_90"))
+    choice = choose(replace(band(-100, 0), dropout_p=0.1), shapes(1024, 1024), Device.parse("sm_90"), inductor=False)
     assert isinstance(choice, Choice) and choice.kernel.name == "fa2"
-    assert [refusal.reason for refusal in choice.refused] == [
-        f"{name}: has no dropout" for name in ("flex", "fa4", "fa3")
-    ]
+    assert {f"{name}: has no dropout" for name in ("flex", "fa4", "fa3")} <= {r.reason for r in choice.refused}
+    capped = AttentionSpec((Scale(0.125), Softcap(30.0)), dropout_p=0.1)
+    assert KERNELS["fa2"].refusals(capped, shapes(), Device.parse("sm_90")) == ["has no dropout with a softcap"]
+
+
+def dropping(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return F.dropout((q @ k.mT * 0.25).softmax(-1), 0.5) @ v
+
+
+def around_dropout(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
+    """What the output and the gradient of `v` are multiplied by for what was dropped, head by head."""
+    plain = (q @ k.mT * 0.25).softmax(-1) @ v
+    (expected,) = torch.autograd.grad(plain.sum(), v)
+    function, report = rewritten(
+        lambda *inputs: checkpoint(dropping, *inputs, use_reentrant=False), kernel="fa2", device="sm_90", compiler=AOT
+    )
+    output = function(q, k, v)
+    assert [site.kernel for site in report().sites] == ["fa2"]
+    (found,) = torch.autograd.grad(output.sum(), v)
+    return [(x / y).mean((2, 3)) for x, y in ((output, plain), (found, expected))]
+
+
+AOT = "aot_eager"
+
+
+def drawn() -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(4, 8, 16, 16, dtype=torch.float16).requires_grad_() for _ in range(3)]
+
+
+def test_the_backward_pass_drops_what_the_forward_pass_did() -> None:
+    """Also where a checkpoint computes the forward pass again."""
+    forward, backward = around_dropout(*drawn())
+    assert {0, 2} == {*forward.round().int().flatten().tolist()}
+    torch.testing.assert_close(backward, forward, atol=0.05, rtol=0.05)
+
+
+def test_two_dropouts_are_two() -> None:
+    """AOTAutograd takes equal calls for one."""
+    function, report = rewritten(
+        lambda *inputs: (dropping(*inputs), dropping(*inputs)), kernel="fa2", device="sm_90", compiler=AOT
+    )
+    one, other = function(*drawn())
+    assert report().n_fused == 2 and not torch.equal(one, other)
+    assert [str(site.spec) for site in report().sites] == ["scale 0.25, dropout 0.5"] * 2
+
+
+@pytest.mark.parametrize("layout", ["heads first", "positions first"])
+@pytest.mark.parametrize("kernel", VERSIONS)
+def test_outputs_lie_in_memory_as_promised(kernel: str, layout: str) -> None:
+    """Inductor takes the fake implementation at its word; flash-attention 2 lays its output out as its query."""
+    q, k, v = (x.transpose(1, 2).contiguous() if layout == "positions first" else x.detach() for x in drawn())
+    options = (kernel, 0.25, 0.0, -1, 0, 0.0)
+    utilities = "test_schema", "test_autograd_registration", "test_faketensor"
+    torch.library.opcheck(flash_attention, (q, k, v, *options), test_utils=utilities)
+    output, logsumexp, _ = flash_attention(q, k, v, *options)
+    assert output.is_contiguous() and logsumexp.is_contiguous()
+
+
+def test_the_newer_form_of_version_3() -> None:
+    draws = [x.requires_grad_() for x in drawn()]
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        distance = torch.arange(16) - torch.arange(16)[:, None]
+        keep = (distance <= 0) & (distance > -5)
+        return (q @ k.mT * 0.25).masked_fill(~keep, float("-inf")).softmax(-1) @ v
+
+    with installed(newer=True):
+        function, _ = rewritten(attention, kernel="fa3", device="sm_90")
+        found = with_gradients(function, draws)
+    assert_as_accurate(found, with_gradients(attention, draws), truth(attention, draws))
+
+
+def test_blackwell_has_no_backward_pass_with_a_softcap_at_head_dim_256() -> None:
+    spec = AttentionSpec((Scale(0.0625), Softcap(50.0)))
+    assert "with a softcap" in "; ".join(KERNELS["fa4"].refusals(spec, shapes(head_dim=256), Device.parse("sm_100")))
 
 
 def test_form_of_a_negative_side() -> None:

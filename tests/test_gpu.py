@@ -118,8 +118,9 @@ WINDOWS = {
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.parametrize("layout", ["heads first", "positions first"])
 @pytest.mark.parametrize("kernel", sorted(Flash.versions))
-def test_flash_attention(kernel: str, name: str, dtype: torch.dtype, head_dim: int, kv_heads: int) -> None:
+def test_flash_attention(kernel: str, layout: str, name: str, dtype: torch.dtype, head_dim: int, kv_heads: int) -> None:
     """What the packages are declared to compute, they compute, gradients included."""
     if reason := missing(KERNELS[kernel].distribution, KERNELS[kernel].module, KERNELS[kernel].at_least):
         pytest.skip(reason)
@@ -130,11 +131,11 @@ def test_flash_attention(kernel: str, name: str, dtype: torch.dtype, head_dim: i
         return (weights @ v.repeat_interleave(q.size(1) // v.size(1), dim=1)).transpose(1, 2)
 
     torch.manual_seed(0)
-    heads_and_lengths = ((8, q_len), (kv_heads, kv_len), (kv_heads, kv_len))
-    inputs = [
-        torch.randn(2, length, heads, head_dim, dtype=dtype, device="cuda").transpose(1, 2).requires_grad_()
-        for heads, length in heads_and_lengths
-    ]
+    sizes = [(2, 8, q_len, head_dim), *[(2, kv_heads, kv_len, head_dim)] * 2]
+    inputs = [torch.randn(size, dtype=dtype, device="cuda") for size in sizes]
+    if layout == "positions first":
+        inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
+    inputs = [x.requires_grad_() for x in inputs]
     function, report = rewritten(attention, kernel=kernel)
     fused = with_gradients(function, inputs)
     assert [site.kernel for site in report().sites] == [kernel]

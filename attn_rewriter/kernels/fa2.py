@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attn_rewriter.device import Device
 from attn_rewriter.kernels.base import Limits
 from attn_rewriter.kernels.flash import HALF, Flash, How, Kept
+from attn_rewriter.spec import AttentionSpec, Shapes, Softcap
 
 
 class FA2(Flash):
@@ -24,6 +26,12 @@ class FA2(Flash):
         max_head_dim=256,
         max_blocks=2**16 - 1,
     )
+
+    def refusals(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> list[str]:
+        reasons = super().refusals(spec, shapes, device)
+        if spec.dropout_p and any(isinstance(modifier, Softcap) for modifier in spec.modifiers):
+            reasons.append("has no dropout with a softcap")
+        return reasons
 
     @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor, how: How) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -1,10 +1,13 @@
 """flash-attention 3 for Hopper (https://arxiv.org/abs/2407.08608).
 
-Written against the published signatures of its `flash_attn_interface` and tested with a stand-in of that module: there
-is no package of it in the registries, and it was never run here.
+Written against the published signatures of its `flash_attn_interface`, an older and a newer one, and tested with
+stand-ins of that module: there is no package of it in the registries, and it was never run here.
 """
 
 from __future__ import annotations
+
+import inspect
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +41,14 @@ class FA3(Flash):
 
         # No new keys, output, lengths, pages, rotary embedding nor scales of fp8: 20 arguments that have no default.
         output, logsumexp, *_ = _flash_attn_forward(
-            query, key, value, *[None] * 20, how.scale, how.causal, window_size=how.window, softcap=how.softcap
+            query,
+            key,
+            value,
+            *[None] * 20,
+            how.scale,
+            how.causal,
+            softcap=how.softcap,
+            **_window(_flash_attn_forward, how),
         )
         return output, logsumexp, None
 
@@ -54,8 +64,15 @@ class FA3(Flash):
             *found,
             how.scale,
             how.causal,
-            window_size=how.window,
             softcap=how.softcap,
             deterministic=torch.are_deterministic_algorithms_enabled(),
+            **_window(_flash_attn_backward, how),
         )
         return found  # type: ignore[return-value]
+
+
+def _window(function: Any, how: How) -> dict[str, Any]:
+    """The window as a function takes it: a pair, or in its newer form, which is a custom operator, two numbers."""
+    if "window_size" in inspect.signature(getattr(function, "_init_fn", function)).parameters:
+        return {"window_size": how.window}
+    return {"window_size_left": how.left, "window_size_right": how.right}

@@ -12,7 +12,7 @@ from torch import Tensor
 from attn_rewriter.device import Device
 from attn_rewriter.kernels.base import Limits
 from attn_rewriter.kernels.flash import HALF, Flash, How, Kept
-from attn_rewriter.spec import AttentionSpec, Shapes
+from attn_rewriter.spec import AttentionSpec, Shapes, Softcap
 
 
 class FA4(Flash):
@@ -34,6 +34,11 @@ class FA4(Flash):
         large = isinstance(shapes.head_dim, int) and shapes.head_dim > 128
         if large and not (generation == 9 or (generation in (10, 11) and shapes.head_dim == 256)):
             reasons.append(f"head_dim is at most 128 on {device}, here {shapes.head_dim}")
+        capped = any(isinstance(modifier, Softcap) for modifier in spec.modifiers)
+        if large and generation != 9 and capped and shapes.needs_backward:
+            reasons.append(f"has no backward pass with a softcap at head_dim {shapes.head_dim} on {device}")
+        if generation == 12 and shapes.needs_backward and torch.are_deterministic_algorithms_enabled():
+            reasons.append(f"has no deterministic backward pass on {device}")
         return reasons
 
     @staticmethod

@@ -19,7 +19,19 @@ from torch.torch_version import TorchVersion
 
 from attn_rewriter.device import Device
 from attn_rewriter.kernels.base import Kernel, Tensors
-from attn_rewriter.spec import EVERY_KEY, AttentionSpec, Band, Mask, Scale, ScaleBy, Shapes, Size, Softcap, same
+from attn_rewriter.spec import (
+    EVERY_KEY,
+    AttentionSpec,
+    Band,
+    Mask,
+    Scale,
+    ScaleBy,
+    Shapes,
+    Size,
+    Softcap,
+    at_most,
+    same,
+)
 
 HALF = frozenset({torch.float16, torch.bfloat16})
 
@@ -35,15 +47,6 @@ class FlashForm:
     softcap: float = 0.0
     left: int | None = None
     right: int | None = None
-
-    @property
-    def is_capped(self) -> bool:
-        return self.softcap != 0.0
-
-    @property
-    def is_window(self) -> bool:
-        """Whether there is more to it than all keys, or causal."""
-        return self.left is not None or self.right not in (None, 0)
 
 
 def flash_form(spec: AttentionSpec, shapes: Shapes) -> FlashForm | str:
@@ -74,6 +77,8 @@ def flash_form(spec: AttentionSpec, shapes: Shapes) -> FlashForm | str:
     for bound in (left, right):
         if bound is not None and (not isinstance(bound, int) or bound < 0):
             return f"aligns its windows with the last query and key, and they must meet: not {keep} at {shapes}"
+    if (left, right) != (None, 0) and not at_most(shapes.q_len, shapes.kv_len):
+        return f"takes windows over at least as many keys as queries, not {keep} at {shapes}"  # FA2 widens them
     return FlashForm(scale, tuple(query_scales), softcap, left, right)
 
 
@@ -140,7 +145,8 @@ class Flash(Kernel):
         window = (-1 if side is None else side for side in (form.left, form.right))
         options = (self.name, scale, form.softcap, *window, spec.dropout_p)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        return flash_attention(query, key, value, *options)[0].transpose(1, 2)
+        attention = flash_attention_with_dropout if spec.dropout_p else flash_attention
+        return attention(query, key, value, *options)[0].transpose(1, 2)
 
     @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor, how: How) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -184,7 +190,6 @@ class Kept(NamedTuple):
     random: Tensor
 
 
-@torch.library.custom_op("attn_rewriter::flash_attention", mutates_args=())
 def _flash_attention(
     query: Tensor,
     key: Tensor,
@@ -198,11 +203,12 @@ def _flash_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     how = How(scale, softcap, left, right, dropout_p)
     output, logsumexp, random = Flash.versions[kernel].forward(query, key, value, how)
-    return output, logsumexp, query.new_empty(2, dtype=torch.int64) if random is None else random
+    # Contiguous, as the fake says: version 2 lays its output out as its query.
+    random = query.new_empty(2, dtype=torch.int64) if random is None else random
+    return output.contiguous(), logsumexp.contiguous(), random
 
 
-@_flash_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _like_flash_attention(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     batch, q_len, num_heads, _ = query.shape
     output = query.new_empty(batch, q_len, num_heads, value.size(-1))
     logsumexp = query.new_empty(batch, num_heads, q_len, dtype=torch.float32)
@@ -244,7 +250,17 @@ def _gradients(ctx: Any, gradient: Tensor, *others: None) -> tuple[Any, ...]:
     return *_flash_attention_backward(gradient, *ctx.saved_tensors, *ctx.options), *(None for _ in ctx.options)
 
 
-_flash_attention.register_autograd(_gradients, setup_context=_save)
-flash_attention = torch.ops.attn_rewriter.flash_attention.default
+def _operator(name: str, *tags: torch.Tag) -> Any:
+    made = torch.library.custom_op(f"attn_rewriter::{name}", _flash_attention, mutates_args=(), tags=tags)
+    made.register_fake(_like_flash_attention)
+    made.register_autograd(_gradients, setup_context=_save)
+    return getattr(torch.ops.attn_rewriter, name).default
+
+
+flash_attention = _operator("flash_attention")
 """Query `[batch, q_len, num_heads, head_dim]`, key and value `[batch, kv_len, num_kv_heads, head_dim]` to the output,
 shaped as the query, its logsumexp, and the state of the dropout."""
+
+flash_attention_with_dropout = _operator("flash_attention_with_dropout", torch.Tag.nondeterministic_seeded)
+"""The same where it draws random numbers: PyTorch may neither merge two calls of it nor, but for a checkpoint that
+restores the generator, compute one again."""
