@@ -14,14 +14,12 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
@@ -35,6 +33,7 @@ from attn_rewriter.emit import Operands
 from attn_rewriter.graph import tensor
 from attn_rewriter.kernels import KERNELS
 from attn_rewriter.kernels.flash import Flash
+from attn_rewriter.progress import working
 from attn_rewriter.spec import And, Mask, Not, Predicate, TensorMask
 
 log = logging.getLogger("attn_rewriter")
@@ -77,7 +76,7 @@ def _measured(found: Description, device: Device, names: Sequence[str], key: str
     full = False
     with torch.random.fork_rng(range(torch.cuda.device_count()) if device.type == "cuda" else []):
         for name in names:
-            with _progress(f"timing {name} for {found.spec} at {found.shapes}"):
+            with working(f"timing {name} for {found.spec} at {found.shapes}"):
                 try:
                     measured[name] = _time(found, device, name)
                 except Exception as error:  # a kernel that fails is one less to choose from
@@ -86,12 +85,6 @@ def _measured(found: Description, device: Device, names: Sequence[str], key: str
     if not full:  # which is so now, and not for good
         _write(key, {**about, "milliseconds": measured})
     return measured
-
-
-def _progress(task: str) -> AbstractContextManager[Any]:
-    """What is done, while it is done; nothing where the output is not a terminal."""
-    console = Console(stderr=True)
-    return console.status(task) if console.is_terminal else nullcontext()
 
 
 def _time(found: Description, device: Device, name: str) -> float:

@@ -16,7 +16,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import attn_rewriter
-from attn_rewriter.bench.measure import peak_bytes_of, seconds_of, working
+from attn_rewriter.bench.measure import peak_bytes_of, seconds_of
+from attn_rewriter.progress import working
 
 TEXT = Path(__file__).with_name("text.txt").read_text(encoding="utf-8")
 RUNS = 5

@@ -53,8 +53,8 @@ from attn_rewriter.bench.measure import (
     rich_table,
     time_step,
     versions,
-    working,
 )
+from attn_rewriter.progress import working
 
 VOCABULARY = 1024
 PATIENCE = 2.0  # seconds of timed steps in a cell

@@ -25,7 +25,8 @@ from transformers import (
 )
 
 import attn_rewriter
-from attn_rewriter.bench.measure import console, positive, working
+from attn_rewriter.bench.measure import console, positive
+from attn_rewriter.progress import working
 
 
 def main() -> None:

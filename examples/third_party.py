@@ -15,7 +15,8 @@ from models import GPT, ViT
 from torch import Tensor, nn
 
 import attn_rewriter
-from attn_rewriter.bench.measure import console, working
+from attn_rewriter.bench.measure import console
+from attn_rewriter.progress import working
 
 
 def main() -> None:

@@ -6,12 +6,16 @@ heads. FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1 makes it keep them on disk.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 from attn_rewriter.device import Device
 from attn_rewriter.kernels.base import Limits
 from attn_rewriter.kernels.flash import HALF, Flash, How, Kept
+from attn_rewriter.progress import working
 from attn_rewriter.spec import AttentionSpec, Shapes, Softcap
 
 
@@ -45,9 +49,10 @@ class FA4(Flash):
     def forward(query: Tensor, key: Tensor, value: Tensor, how: How) -> tuple[Tensor, Tensor, Tensor | None]:
         from flash_attn.cute.interface import _flash_attn_fwd
 
-        output, logsumexp, *_ = _flash_attn_fwd(
-            query, key, value, softcap=how.softcap or None, return_lse=True, **_common(how)
-        )
+        with _compiling("forward", query, key, how):
+            output, logsumexp, *_ = _flash_attn_fwd(
+                query, key, value, softcap=how.softcap or None, return_lse=True, **_common(how)
+            )
         return output, logsumexp, None
 
     @staticmethod
@@ -55,16 +60,34 @@ class FA4(Flash):
         from flash_attn.cute.interface import _flash_attn_bwd
 
         found = tuple(x.new_empty(x.shape) for x in kept[:3])
-        _flash_attn_bwd(
-            *kept[:4],
-            gradient,
-            kept.logsumexp,
-            softcap=how.softcap,
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-            **dict(zip(("dq", "dk", "dv"), found)),
-            **_common(how),
-        )
+        with _compiling("backward", kept.query, kept.key, how):
+            _flash_attn_bwd(
+                *kept[:4],
+                gradient,
+                kept.logsumexp,
+                softcap=how.softcap,
+                deterministic=torch.are_deterministic_algorithms_enabled(),
+                **dict(zip(("dq", "dk", "dv"), found)),
+                **_common(how),
+            )
         return found  # type: ignore[return-value]
+
+
+_compiled: set[object] = set()
+
+
+@contextmanager
+def _compiling(direction: str, query: Tensor, key: Tensor, how: How) -> Iterator[None]:
+    """Show the first call of its kind as what it mostly is."""
+    *_, num_heads, head_dim = query.shape
+    window = tuple(side < 0 for side in how.window)
+    kind = direction, query.dtype, head_dim, num_heads // key.size(-2), how.causal, window, how.softcap
+    if kind in _compiled:
+        yield
+        return
+    with working(f"flash-attn-4 compiles its {direction} pass for head_dim {head_dim}"):
+        yield
+    _compiled.add(kind)
 
 
 def _common(how: How) -> dict[str, float | bool | int | None]:
