@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from attn_rewriter import Device
 from attn_rewriter import measured as measured_tables
-from attn_rewriter.bench import attention, masks, run
+from attn_rewriter.bench import attention, decode, masks, run
 from attn_rewriter.bench.measure import OUT_OF_MEMORY, Results, attempt, rich_table
 from attn_rewriter.cli import main
 from attn_rewriter.errors import KernelUnavailable
@@ -102,6 +104,31 @@ def test_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     capsys.readouterr()
     assert main([*MASKS, *forms[:3], "--json", str(file), "--markdown"]) == 0
     assert "| T5 bias, 2×4×32×16 | " in capsys.readouterr().out
+
+
+def test_decode(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode.run, "rewritten", partial(_as_is, run.rewritten))
+    file, picture = tmp_path / "decode.json", tmp_path / "decode.png"
+    command = ["bench", "decode", *TINY, "--kernels", "eager", "auto", "--json", str(file)]
+    assert main([*command, "--plot", str(picture)]) == 0
+    said = capsys.readouterr().out
+    assert "8 filled, mask a tensor" in said and "one copy: " in said
+    assert picture.stat().st_size > 10_000
+    measured = cells(file)
+    assert measured.pop(decode.CEILING)["clone"]["gb_s"] > 0
+    assert len(measured) == 2 * 2 and all(column["auto"]["kernel"] == "sdpa" for column in measured.values())
+
+
+def _as_is(rewritten: Any, function: Any, kernel: str, compiler: str) -> Any:
+    return rewritten(function, kernel, "aot_eager")
+
+
+@pytest.mark.parametrize("mask", decode.MASKS)
+def test_decode_attends_to_what_is_filled(mask: str) -> None:
+    query, key, value, hides = decode.inputs(decode.TINY, 8, mask, "cpu", torch.float32)
+    step = decode.decode if mask == decode.MASKS[0] else decode.decode_with_mask
+    expected = F.scaled_dot_product_attention(query, key[:, :, :8], value[:, :, :8], enable_gqa=True)
+    torch.testing.assert_close(step(query, key, value, hides), expected)
 
 
 def test_masks_without_a_kernel() -> None:
