@@ -17,10 +17,9 @@ from attn_rewriter import AttentionSpec, Device
 from attn_rewriter.kernels import KERNELS
 from attn_rewriter.spec import Band, Bias, Clamp, Mask, Scale, ScaleBy, Shapes, Softcap, TensorMask
 from tests.accuracy import assert_as_accurate
-from tests.running import double, joined, together, with_gradients
+from tests.running import DRAWS, double, joined, together, with_gradients
 from tests.standins import installed
 
-DRAWS = 8
 Q_LEN, KV_LEN = 19, 33
 
 SCALE, CAUSAL = Scale(0.3), Mask(None, Band(None, KV_LEN - Q_LEN), "keep")
