@@ -246,6 +246,19 @@ def test_outputs_lie_in_memory_as_promised(kernel: str, layout: str) -> None:
     assert output.is_contiguous() and logsumexp.is_contiguous()
 
 
+@pytest.mark.parametrize("kernel", VERSIONS)
+def test_no_package_sees_a_stride_of_0(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    version = Flash.versions[kernel]
+    forward, backward = version.forward, version.backward
+    monkeypatch.setattr(version, "forward", lambda *args: seen.extend(args[:3]) or forward(*args))
+    monkeypatch.setattr(version, "backward", lambda *args: seen.extend([args[0], *args[1][:3]]) or backward(*args))
+    query, key, value = drawn()
+    key, value = (x[:1].expand(4, -1, -1, -1) for x in (key, value))
+    flash_attention(query, key, value, kernel, 0.25, 0.0, -1, -1, 0.0)[0].sum().backward()
+    assert len(seen) == 7 and not any(0 in x.stride() for x in seen)
+
+
 def test_the_newer_form_of_version_3() -> None:
     draws = [x.requires_grad_() for x in drawn()]
 

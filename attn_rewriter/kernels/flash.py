@@ -190,6 +190,11 @@ class Kept(NamedTuple):
     random: Tensor
 
 
+def _held(x: Tensor) -> Tensor:
+    """A tensor whose elements all lie in memory: Hopper's copies take no stride of 0, as the gradient of a sum has."""
+    return x.contiguous() if 0 in x.stride() else x
+
+
 def _flash_attention(
     query: Tensor,
     key: Tensor,
@@ -202,6 +207,7 @@ def _flash_attention(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     how = How(scale, softcap, left, right, dropout_p)
+    query, key, value = map(_held, (query, key, value))
     output, logsumexp, random = Flash.versions[kernel].forward(query, key, value, how)
     # Contiguous, as the fake says: version 2 lays its output out as its query.
     random = query.new_empty(2, dtype=torch.int64) if random is None else random
@@ -232,7 +238,8 @@ def _flash_attention_backward(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     how = How(scale, softcap, left, right, dropout_p)
-    return Flash.versions[kernel].backward(gradient, Kept(query, key, value, output, logsumexp, random), how)
+    kept = Kept(_held(query), _held(key), _held(value), output, logsumexp, random)
+    return Flash.versions[kernel].backward(_held(gradient), kept, how)
 
 
 @_flash_attention_backward.register_fake
