@@ -15,7 +15,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +32,14 @@ from attn_rewriter.emit import Operands
 from attn_rewriter.graph import tensor
 from attn_rewriter.kernels import KERNELS
 from attn_rewriter.kernels.flash import Flash
+from attn_rewriter.packages import version
 from attn_rewriter.progress import working
 from attn_rewriter.spec import And, Mask, Not, Predicate, TensorMask
 
 log = logging.getLogger("attn_rewriter")
 
 _SECONDS = 0.1  # of timing, for each kernel and pass
-_PACKAGES = ("torch", "triton", "attn-rewriter", *(version.distribution for version in Flash.versions.values()))
+_PACKAGES = ("torch", "triton", "attn-rewriter", *(kernel.distribution for kernel in Flash.versions.values()))
 
 Times = dict[str, float]
 """Milliseconds by kernel: forward, or in training forward and backward."""
@@ -174,7 +174,7 @@ def _about(found: Description, device: Device, names: Sequence[str]) -> dict[str
     shapes = replace(found.shapes, q_len=_bucket(found.shapes.q_len), kv_len=_bucket(found.shapes.kv_len))
     return {
         "device": [device.type, device.capability, device.name, torch.get_num_threads()],
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": {name: version(name) or "" for name in _PACKAGES},
         "spec": repr(found.spec),
         "shapes": repr(shapes),
         "kernels": sorted(names),
@@ -183,13 +183,6 @@ def _about(found: Description, device: Device, names: Sequence[str]) -> dict[str
 
 def _bucket(length: Any) -> int:
     return 1 << (length - 1).bit_length()
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
 
 
 def folder() -> Path:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import runpy
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from rich.table import Table
 from attn_rewriter.choose import Choice, choose, order
 from attn_rewriter.device import Device
 from attn_rewriter.kernels import KERNELS
+from attn_rewriter.packages import version
 from attn_rewriter.patching import patch
 from attn_rewriter.spec import AttentionSpec, Band, Bias, Mask, Scale, Shapes, Softcap, TensorMask
 
@@ -103,7 +103,7 @@ def doctor(device: str | None = None) -> int:
     console = Console()
     here = Device.parse(device) if device else Device.current()
     about: dict[str, Any] = {"device": str(here), "python": sys.version.split()[0]}
-    about |= {name: _version(name) for name in _PACKAGES}
+    about |= {name: version(name) or "not installed" for name in _PACKAGES}
     if torch.backends.cudnn.is_available():
         about["cudnn"] = torch.backends.cudnn.version()
     registered = "attn_rewriter" in torch._dynamo.list_backends(exclude_tags=())
@@ -131,10 +131,3 @@ def _others(chosen: str, spec: AttentionSpec, shapes: Shapes, device: Device) ->
             later = "comes later in the order" if name in order(spec, shapes, device) else "only when asked for by name"
             lines.append(f"{name}: {'; '.join(reasons) or later}")
     return lines
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"

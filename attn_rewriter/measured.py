@@ -21,26 +21,24 @@ TYPICAL_LENGTH = 2048
 
 
 @lru_cache
-def table(device: Device) -> tuple[dict[str, Any], ...]:
-    """The cells for a device: head_dim, length, causal, groups (query heads a key head), and milliseconds of each
-    kernel, "forward" and "backward". Empty where nothing was measured."""
-    if device.capability is None:
-        return ()
-    path = FOLDER / f"sm_{device.capability[0]}{device.capability[1]}.json"
+def table(capability: tuple[int, int]) -> tuple[dict[str, Any], ...]:
+    """The cells for a compute capability: head_dim, length, causal, groups (query heads a key head), and milliseconds
+    of each kernel, "forward" and "backward". Empty where nothing was measured."""
+    path = FOLDER / f"sm_{capability[0]}{capability[1]}.json"
     return tuple(json.loads(path.read_text())["cells"]) if path.exists() else ()
 
 
 def ranking(shapes: Shapes, causal: bool, device: Device) -> tuple[str, ...]:
     """Kernels for scores that are but scaled, the fastest first: as in the cell that is nearest in length and head_dim
     (by their ratios). Training counts both passes."""
-    cells = [cell for cell in table(Device(device.type, device.capability)) if cell["causal"] == causal]
+    cells = [cell for cell in table(device.capability) if cell["causal"] == causal] if device.capability else []
     if not cells:
         return ()
-    wanted = _typical(shapes.kv_len), _typical(shapes.head_dim), 1 + (_typical(shapes.num_groups) > 1)
+    length, head_dim, grouped = _typical(shapes.kv_len), _typical(shapes.head_dim), _typical(shapes.num_groups) > 1
 
     def distance(cell: dict[str, Any]) -> float:
-        found = cell["length"], cell["head_dim"], 1 + (cell["groups"] > 1)
-        return sum(weight * abs(math.log2(a / b)) for weight, a, b in zip((1, 2, 1), wanted, found))
+        apart = abs(math.log2(length / cell["length"])) + 2 * abs(math.log2(head_dim / cell["head_dim"]))
+        return apart + (grouped != (cell["groups"] > 1))
 
     nearest = min(cells, key=distance)
     passes = ("forward", "backward") if shapes.needs_backward else ("forward",)

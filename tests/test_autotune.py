@@ -155,7 +155,7 @@ def test_a_folder_that_cannot_be_written(folder: Path, monkeypatch: pytest.Monke
 def test_another_version_is_timed_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(autotune, "_time", timing(sdpa=2.0, flex=1.0))
     tuned(inputs())
-    monkeypatch.setattr(autotune, "_version", lambda package: "another")
+    monkeypatch.setattr(autotune, "version", lambda package: "another")
     tuned(inputs())
     assert len([*folder.iterdir()]) == 2
 

@@ -15,7 +15,6 @@ With --json, cells in the file are not measured again: interrupt it, or give it 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -37,7 +36,6 @@ from attn_rewriter.kernels import KERNELS
 
 DIRECTIONS = ("forward", "backward")
 GROUPS = (1, 4)
-READING_MS = 4.0
 LONGEST_COMPARED = 2048
 CEILING = "one matrix product"
 
@@ -128,7 +126,7 @@ def measure(case: Case, direction: str, kernel: str, device: str, dtype: torch.d
         return torch.autograd.grad(function(*inputs), inputs, gradient)
 
     def timed(step: Callable[[], tuple[Tensor, ...]]) -> Cell:
-        return time_step(step, lambda _: None, repeat, patience=run.PATIENCE, reading_ms=READING_MS)[1]
+        return time_step(step, lambda _: None, repeat, patience=run.PATIENCE, reading_ms=run.READING_MS)[1]
 
     whole = both if training else forward
     # Many backward passes read what one forward pass kept: Inductor may not use that memory for something else.
@@ -188,7 +186,7 @@ def errors(answer: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> dict[str, f
 def ceiling(size: int, device: str, dtype: torch.dtype, repeat: int) -> Cell:
     """The product of two square matrices, which no attention can outrun."""
     x, y = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    _, cell = time_step(lambda: x @ y, lambda _: None, repeat, patience=run.PATIENCE, reading_ms=READING_MS)
+    _, cell = time_step(lambda: x @ y, lambda _: None, repeat, patience=run.PATIENCE, reading_ms=run.READING_MS)
     return cell | {"tflops": 2 * size**3 / cell["ms"] / 1e9}
 
 
@@ -216,7 +214,7 @@ def rows(results: Results, cases: list[Case], direction: str, kernels: list[str]
 def speed(cell: Cell, best: float) -> str:
     """TFLOP/s, or why there are none."""
     if "tflops" not in cell:
-        return cell.get("failed", "–" if "refused" in cell else "").split(":")[0]
+        return run.why_not(cell)
     digits = 0 if cell["tflops"] >= 100 else 1 if cell["tflops"] >= 1 else 4
     text = f"{cell['tflops']:.{digits}f}"
     return f"**{text}**" if cell["tflops"] == best else text
@@ -332,7 +330,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_arguments(parser, [*run.NAMED, "auto"])
     parser.add_argument("--head-dims", nargs="+", type=positive, metavar="N", help=f"{FULL.head_dims}")
     parser.add_argument("--lengths", nargs="+", type=positive, metavar="N", help=f"{FULL.lengths}")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw TFLOP/s over the length")
+    run.add_plot(parser, "draw TFLOP/s over the length")
     parser.add_argument("--ship", type=Path, metavar="FILE", help="write the table that kernels are chosen by")
 
 
@@ -353,8 +351,7 @@ def grid(sizes: Sizes, head_dims: list[int] | None, lengths: list[int] | None) -
 
 def main(options: argparse.Namespace) -> int:
     """Measure, and show what there is."""
-    if options.plot and importlib.util.find_spec("matplotlib") is None:
-        raise SystemExit("--plot needs matplotlib: pip install 'attn-rewriter[bench]'")
+    run.check_plot(options)
     sizes = TINY if options.tiny else FULL
     dtype: torch.dtype = getattr(torch, options.dtype)
     cases = grid(sizes, options.head_dims, options.lengths)

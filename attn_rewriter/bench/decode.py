@@ -27,7 +27,6 @@ from torch import Tensor
 from attn_rewriter.bench import run
 from attn_rewriter.bench.measure import Cell, Results, time_step
 
-READING_MS = 4.0
 CEILING = "one copy"
 MASKS = ("built in the graph", "a tensor")
 
@@ -94,7 +93,7 @@ def measure(sizes: Sizes, mask: str, kernel: str, device: str, dtype: torch.dtyp
             return function(*given)
 
     taken, cell = time_step(
-        step, lambda _: run.used(function, kernel), repeat, patience=run.PATIENCE, reading_ms=READING_MS
+        step, lambda _: run.used(function, kernel), repeat, patience=run.PATIENCE, reading_ms=run.READING_MS
     )
     read = 2 * sizes.batch * sizes.kv_heads * filled * sizes.head_dim * dtype.itemsize
     return cell | taken | {"gb_s": read / cell["ms"] / 1e6}
@@ -103,7 +102,7 @@ def measure(sizes: Sizes, mask: str, kernel: str, device: str, dtype: torch.dtyp
 def ceiling(count: int, device: str, repeat: int) -> Cell:
     """A copy of so many bytes."""
     x = torch.ones(count, dtype=torch.uint8, device=device)
-    _, cell = time_step(lambda: x.clone(), lambda _: None, repeat, patience=run.PATIENCE, reading_ms=READING_MS)
+    _, cell = time_step(lambda: x.clone(), lambda _: None, repeat, patience=run.PATIENCE, reading_ms=run.READING_MS)
     return cell | {"gb_s": 2 * count / cell["ms"] / 1e6}
 
 
@@ -120,7 +119,7 @@ def rows(results: Results, sizes: Sizes, kernels: list[str]) -> Iterator[list[st
 def figures(kernel: str, cell: Cell, least: float) -> str:
     """As in "0.267 ms, 251 GB/s", or why there are none."""
     if "ms" not in cell:
-        return cell.get("failed", "–" if "refused" in cell else "").split(":")[0]
+        return run.why_not(cell)
     time = f"{cell['ms']:.3f} ms"
     time = f"**{time}**" if cell["ms"] == least and kernel != "auto" else time
     return f"{time}, {cell['gb_s']:.0f} GB/s" + (f", {cell['kernel']}" if cell["kernel"] != kernel else "")
@@ -158,11 +157,12 @@ def plot(results: Results, sizes: Sizes, kernels: list[str], path: Path) -> None
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
     run.add_arguments(parser, ["eager", *run.NAMED, "auto"])
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw milliseconds over what is filled")
+    run.add_plot(parser, "draw milliseconds over what is filled")
 
 
 def main(options: argparse.Namespace) -> int:
     """Measure, and show what there is."""
+    run.check_plot(options)
     sizes = TINY if options.tiny else FULL
     dtype: torch.dtype = getattr(torch, options.dtype)
     tasks = [run.Task(CEILING, "clone", partial(ceiling, sizes.copied, options.device, options.repeat))]

@@ -227,7 +227,7 @@ def rows(results: Results, forms: Mapping[str, Form], kernels: list[str]) -> Ite
 def milliseconds(cell: Cell, least: float) -> str:
     """The time, or why there is none."""
     if "ms" not in cell:
-        return cell.get("failed", "–" if "refused" in cell else "").split(":")[0]
+        return run.why_not(cell)
     digits = 2 if cell["ms"] >= 0.1 else 3
     return f"**{cell['ms']:.{digits}f}**" if cell["ms"] == least else f"{cell['ms']:.{digits}f}"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.metadata
 import json
 import math
 import os
@@ -25,6 +24,7 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from attn_rewriter.errors import KernelUnavailable
+from attn_rewriter.packages import version
 
 GIB = 2**30
 OUT_OF_MEMORY = "out of memory"
@@ -164,15 +164,7 @@ def versions(device: str) -> dict[str, str]:
     """What the figures depend on."""
     name = torch.cuda.get_device_name() if device == "cuda" else device
     packages = ("transformers", "triton")
-    return {"device": name, "torch": torch.__version__, **{package: version(package) for package in packages}}
-
-
-def version(package: str) -> str:
-    """A package's version, or "none"."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
+    return {"device": name, "torch": torch.__version__, **{package: version(package) or "none" for package in packages}}
 
 
 class Results:

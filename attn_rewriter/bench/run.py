@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,15 +23,18 @@ from attn_rewriter.bench.measure import (
     markdown_table,
     positive,
     rich_table,
-    version,
     versions,
 )
 from attn_rewriter.errors import KernelUnavailable
 from attn_rewriter.kernels import KERNELS
+from attn_rewriter.packages import version
 
 NAMED = tuple(name for name in KERNELS if name != "reference")
 PATIENCE = 5.0
 """Seconds, for the timed steps of a cell."""
+
+READING_MS = 4.0
+"""What a reading takes at least, where launching is not counted."""
 
 Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]
 """Title, header, rows."""
@@ -47,6 +51,17 @@ def add_arguments(parser: argparse.ArgumentParser, kernels: Sequence[str]) -> No
     parser.add_argument("--limit-s", type=float, metavar="S", help="begin no cell after S seconds; 0: show the file")
     parser.add_argument("--json", type=Path, metavar="FILE", help="written after every cell; its cells are kept")
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown too")
+
+
+def add_plot(parser: argparse.ArgumentParser, help: str) -> None:
+    """The option of those that draw."""
+    parser.add_argument("--plot", type=Path, metavar="PNG", help=help)
+
+
+def check_plot(options: argparse.Namespace) -> None:
+    """Before anything is measured: whether it can be drawn."""
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        raise SystemExit("--plot needs matplotlib: pip install 'attn-rewriter[bench]'")
 
 
 def setup(options: argparse.Namespace) -> dict[str, Any]:
@@ -117,6 +132,11 @@ def in_words(row: str, cell: Cell) -> str:
     words += [f"{cell['gib']:.2f} GiB"] if "gib" in cell else []
     words += [cell["kernel"]] if cell.get("kernel", row) != row else []
     return ", ".join(words)
+
+
+def why_not(cell: Cell) -> str:
+    """In a table: why there is no figure; nothing where it was not measured."""
+    return str(cell.get("failed", "–" if "refused" in cell else "")).split(":")[0]
 
 
 def show(results: Results, tables: Sequence[Table], remarks: Sequence[str], markdown: bool) -> None:

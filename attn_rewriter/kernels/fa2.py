@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from attn_rewriter.device import Device
-from attn_rewriter.kernels.base import Limits
-from attn_rewriter.kernels.flash import HALF, Flash, How, Kept
+from attn_rewriter.kernels.flash import Flash, How, Kept
 from attn_rewriter.spec import AttentionSpec, Shapes, Softcap
 
 
@@ -19,13 +20,7 @@ class FA2(Flash):
     module = "flash_attn.flash_attn_interface"
     at_least = "2.7"  # its functions have had these arguments since; 2.0 aligned causal with the first query and key
     has_dropout = True
-    limits = Limits(
-        platforms=frozenset({"cuda", "rocm"}),
-        min_capability=(8, 0),
-        dtypes=HALF,
-        max_head_dim=256,
-        max_blocks=2**16 - 1,
-    )
+    limits = replace(Flash.limits, platforms=frozenset({"cuda", "rocm"}))
 
     def refusals(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> list[str]:
         reasons = super().refusals(spec, shapes, device)

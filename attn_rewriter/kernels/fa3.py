@@ -7,14 +7,14 @@ stand-ins of that module: there is no package of it in the registries, and it wa
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from attn_rewriter.device import Device
-from attn_rewriter.kernels.base import Limits
-from attn_rewriter.kernels.flash import HALF, Flash, How, Kept
+from attn_rewriter.kernels.flash import Flash, How, Kept
 from attn_rewriter.spec import AttentionSpec, Shapes
 
 
@@ -25,9 +25,7 @@ class FA3(Flash):
     distribution = "flash-attn-3"
     module = "flash_attn_interface"
     at_least = "3.0.0b1"
-    limits = Limits(
-        platforms=frozenset({"cuda"}), min_capability=(9, 0), dtypes=HALF, max_head_dim=256, max_blocks=2**16 - 1
-    )
+    limits = replace(Flash.limits, min_capability=(9, 0))
 
     def refusals(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> list[str]:
         reasons = super().refusals(spec, shapes, device)

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from attn_rewriter.device import Device
-from attn_rewriter.kernels.base import Limits
-from attn_rewriter.kernels.flash import HALF, Flash, How, Kept
+from attn_rewriter.kernels.flash import Flash, How, Kept
 from attn_rewriter.progress import working
 from attn_rewriter.spec import AttentionSpec, Shapes, Softcap
 
@@ -26,9 +25,6 @@ class FA4(Flash):
     distribution = "flash-attn-4"
     module = "flash_attn.cute.interface"
     at_least = "4.0.0b30"
-    limits = Limits(
-        platforms=frozenset({"cuda"}), min_capability=(8, 0), dtypes=HALF, max_head_dim=256, max_blocks=2**16 - 1
-    )
 
     def refusals(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> list[str]:
         reasons = super().refusals(spec, shapes, device)

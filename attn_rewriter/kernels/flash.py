@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import metadata
 from typing import Any, ClassVar, NamedTuple
 
 import sympy
@@ -18,7 +17,8 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from attn_rewriter.device import Device
-from attn_rewriter.kernels.base import Kernel, Tensors
+from attn_rewriter.kernels.base import Kernel, Limits, Tensors
+from attn_rewriter.packages import version
 from attn_rewriter.spec import (
     EVERY_KEY,
     AttentionSpec,
@@ -93,16 +93,15 @@ def _distance(shift: Size, bound: Size | None, sign: int) -> Size | None:
 @lru_cache
 def missing(distribution: str, module: str, at_least: str) -> str | None:
     """Why a package can't be used; None if it can."""
-    try:
-        version = metadata.version(distribution)
-    except metadata.PackageNotFoundError:
+    found = version(distribution)
+    if found is None:
         return f"{distribution} is not installed"
-    if TorchVersion(version) < at_least:
-        return f"needs {distribution} {at_least} or newer, this is {version}"
+    if TorchVersion(found) < at_least:
+        return f"needs {distribution} {at_least} or newer, this is {found}"
     try:
         importlib.import_module(module)
     except Exception as error:  # whatever a broken installation raises
-        return f"{distribution} {version} can't be imported: {type(error).__name__}: {error}"
+        return f"{distribution} {found} can't be imported: {type(error).__name__}: {error}"
     return None
 
 
@@ -113,6 +112,9 @@ class Flash(Kernel):
     module: ClassVar[str]
     at_least: ClassVar[str]
     has_dropout: ClassVar[bool] = False
+    limits = Limits(
+        platforms=frozenset({"cuda"}), min_capability=(8, 0), dtypes=HALF, max_head_dim=256, max_blocks=2**16 - 1
+    )
     versions: ClassVar[dict[str, type[Flash]]] = {}
 
     def __init_subclass__(cls) -> None:
