@@ -61,11 +61,11 @@ class Predicate:
 
     def tensors(self) -> Iterator[Hashable]:
         """The tensors that it reads; `rename` gives them names."""
-        return (part.tensor for part in _parts(self) if isinstance(part, (TensorMask, Values)))
+        return (part.tensor for part in parts(self) if isinstance(part, (TensorMask, Values)))
 
     def sizes(self) -> Iterator[sympy.Expr]:
         """The sizes in it that only the run knows."""
-        return (part for part in _parts(self) if isinstance(part, sympy.Expr))
+        return (part for part in parts(self) if isinstance(part, sympy.Expr))
 
     def varies_over(self) -> frozenset[str]:
         """The axes over which it may vary."""
@@ -79,13 +79,19 @@ class Predicate:
         return self
 
 
-def _parts(value: Any) -> Iterator[Any]:
+def parsed(text: str) -> Predicate:
+    """The predicate whose `repr` this is."""
+    names = (Always, And, Band, Compare, Index, Not, Quotient, TensorMask, Values)
+    return eval(text, {"__builtins__": {}}, {kind.__name__: kind for kind in names})
+
+
+def parts(value: Any) -> Iterator[Any]:
     """A value and everything inside of it."""
     yield value
     held = (getattr(value, field.name) for field in fields(value)) if is_dataclass(value) else value
     if is_dataclass(value) or isinstance(value, tuple):
         for part in held:
-            yield from _parts(part)
+            yield from parts(part)
 
 
 @dataclass(frozen=True)
@@ -242,7 +248,7 @@ def compared(left: Index, right: Index, relation: str) -> Predicate:
 def _axes(value: Predicate | Index) -> set[str]:
     """The axes that a predicate or an integer varies over."""
     found: set[str] = set()
-    for part in _parts(value):
+    for part in parts(value):
         match part:
             case Band():
                 found |= {"query", "key"}

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
-from types import ModuleType
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,23 +19,25 @@ from attn_rewriter.kernels.flash import missing
 VERSIONS = {"flash-attn": "2.8.3.post2", "flash-attn-3": "3.0.0b1", "flash-attn-4": "4.0.0b36"}
 
 
-def attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, left: int | None, right: int | None, softcap: float
-) -> tuple[Tensor, Tensor]:
+def attention(query: Tensor, key: Tensor, value: Tensor, *how: Any) -> tuple[Tensor, Tensor]:
     """Output and logsumexp of `[batch, length, heads, head_dim]`, windows aligned with the last query and key; rows
-    without any key are zero."""
-    _, _, v, scores = _opened(query, key, value, scale, left, right, softcap)
+    without any key are zero. What it takes more is as for `_opened`."""
+    _, _, v, scores = _opened(query, key, value, *how)
     output = scores.softmax(-1).nan_to_num(0.0) @ v
     return output.transpose(1, 2).to(query.dtype).contiguous(), scores.logsumexp(-1).float()
 
 
-def gradients(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *how: Any) -> tuple[Tensor, ...]:
-    """Of query, key and value; by hand, as there is no autograd inside an operator."""
-    scale, *_, softcap = how
+def gradients(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, logsumexp: Tensor, *how: Any
+) -> tuple[Tensor, ...]:
+    """Of query, key and value; by hand, as there is no autograd inside an operator, and as the packages do it: from
+    output and logsumexp."""
+    scale, softcap = how[0], how[3]
     q, k, v, scores = _opened(query, key, value, *how)
-    weights, gradient = scores.softmax(-1).nan_to_num(0.0), gradient.transpose(1, 2).double()
+    output, gradient = (x.transpose(1, 2).double() for x in (output, gradient))
+    weights = (scores - logsumexp.double().unsqueeze(-1)).exp().nan_to_num(0.0)
     along = gradient @ v.mT
-    of_scores = weights * (along - (weights * along).sum(-1, keepdim=True)) * scale
+    of_scores = weights * (along - (output * gradient).sum(-1, keepdim=True)) * scale
     if softcap:
         of_scores = (of_scores * (1 - (scores / softcap).square())).masked_fill(scores.isinf(), 0.0)
     found = of_scores @ k, of_scores.mT @ q, weights.mT @ gradient
@@ -46,7 +48,14 @@ def gradients(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *how:
 
 
 def _opened(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, left: int | None, right: int | None, softcap: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    left: int | None,
+    right: int | None,
+    softcap: float,
+    keep: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Query, key and value in float64, heads first and repeated, and the masked scores."""
     q, k, v = (x.transpose(1, 2).double() for x in (query, key, value))
@@ -61,6 +70,8 @@ def _opened(
         hidden |= distance < -left
     if right is not None:
         hidden |= distance > right
+    if keep is not None:
+        hidden = hidden | ~keep
     return q, k, v, scores.masked_fill(hidden, float("-inf"))
 
 
@@ -106,7 +117,10 @@ def _version_2() -> dict[str, Any]:
     ):  # fmt: skip
         assert alibi_slopes is None
         sides = checked(q, k, dropout_p, causal, window_size_left, window_size_right, softcap)
-        _into((dq, dk, dv), gradients(dout * kept(q, dropout_p, rng_state), q, k, v, softmax_scale, *sides, softcap))
+        _into(
+            (dq, dk, dv),
+            gradients(dout * kept(q, dropout_p, rng_state), q, k, v, out, softmax_lse, softmax_scale, *sides, softcap),
+        )
 
     return {"_flash_attn_forward": _flash_attn_forward, "_flash_attn_backward": _flash_attn_backward}
 
@@ -127,7 +141,9 @@ def _version_3() -> dict[str, Any]:
         dq, dk, dv, softmax_scale, causal, window_size=(-1, -1), softcap=0.0, deterministic=False, sm_margin=0,
     ):  # fmt: skip
         assert cu_seqlens_q is max_seqlen_k is None
-        _into((dq, dk, dv), gradients(dout, q, k, v, softmax_scale, *map(_open, window_size), softcap))
+        _into(
+            (dq, dk, dv), gradients(dout, q, k, v, out, softmax_lse, softmax_scale, *map(_open, window_size), softcap)
+        )
 
     return {"_flash_attn_forward": _flash_attn_forward, "_flash_attn_backward": _flash_attn_backward}
 
@@ -160,25 +176,71 @@ def _newer_version_3() -> dict[str, Any]:
 
 
 def _version_4() -> dict[str, Any]:
-    def window(causal, left, right):
-        return (left, 0) if causal else (left, right)
+    def how(q, k, softmax_scale, causal, softcap, left, right, mask_mod, aux_tensors, block_sparse_tensors, by_key):
+        keep = None
+        if mask_mod is not None:
+            assert not causal and left is right is None
+            keep = _block_sparse(mask_mod, aux_tensors, block_sparse_tensors, q, k, by_key)
+        return softmax_scale, left, 0 if causal else right, softcap or 0.0, keep
 
     def _flash_attn_fwd(
         q, k, v, softmax_scale=None, causal=False, softcap=None, window_size_left=None, window_size_right=None,
-        return_lse=False,
+        mask_mod=None, block_sparse_tensors=None, return_lse=False, aux_tensors=None,
     ):  # fmt: skip
         assert return_lse
-        how = softmax_scale, *window(causal, window_size_left, window_size_right), softcap or 0.0
-        return *attention(q, k, v, *how), None, None, None
+        window = window_size_left, window_size_right
+        given = softmax_scale, causal, softcap, *window, mask_mod, aux_tensors, block_sparse_tensors
+        return *attention(q, k, v, *how(q, k, *given, by_key=False)), None, None, None
 
     def _flash_attn_bwd(
         q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, window_size_left=None,
-        window_size_right=None, deterministic=False, dq=None, dk=None, dv=None,
+        window_size_right=None, deterministic=False, dq=None, dk=None, dv=None, mask_mod=None, aux_tensors=None,
+        block_sparse_tensors=None,
     ):  # fmt: skip
-        how = softmax_scale, *window(causal, window_size_left, window_size_right), softcap
-        _into((dq, dk, dv), gradients(dout, q, k, v, *how))
+        window = window_size_left, window_size_right
+        given = softmax_scale, causal, softcap, *window, mask_mod, aux_tensors, block_sparse_tensors
+        _into((dq, dk, dv), gradients(dout, q, k, v, out, lse, *how(q, k, *given, by_key=True)))
 
     return {"_flash_attn_fwd": _flash_attn_fwd, "_flash_attn_bwd": _flash_attn_bwd}
+
+
+class BlockSparseTensorsTorch(NamedTuple):
+    mask_block_cnt: Tensor
+    mask_block_idx: Tensor
+    full_block_cnt: Tensor
+    full_block_idx: Tensor
+    block_size: tuple[int, int]
+
+
+def _block_sparse(
+    mask_mod: Any, aux_tensors: list[Tensor] | None, blocks: BlockSparseTensorsTorch, q: Tensor, k: Tensor, by_key: bool
+) -> Tensor:
+    """What is kept: all of the full blocks, what the function keeps of the partial ones, nothing of the others. Listed
+    are the blocks of keys of each block of queries, or the other way round."""
+    sizes = q.size(0), q.size(2), q.size(1), k.size(1)
+    at = [torch.arange(n, dtype=torch.int32).view([-1 if i == j else 1 for j in range(4)]) for i, n in enumerate(sizes)]
+    seqlen_info = SimpleNamespace(seqlen_q=q.size(1), seqlen_k=k.size(1))
+    keep = mask_mod(*at, seqlen_info, [_Aux(x) for x in aux_tensors] if aux_tensors else None)
+
+    def listed(counts: Tensor, indices: Tensor) -> Tensor:
+        taken = torch.arange(indices.size(-1)) < counts.unsqueeze(-1)
+        found = torch.zeros(indices.shape, dtype=torch.bool).scatter(-1, indices.long(), taken)
+        found = found.mT if by_key else found
+        rows, columns = (torch.arange(n) // size for n, size in zip(sizes[2:], blocks.block_size))
+        return found[..., rows, :][..., columns]
+
+    return listed(*blocks[2:4]) | (listed(*blocks[:2]) & keep)
+
+
+class _Aux:
+    """A tensor of one dimension as CuTe has it."""
+
+    def __init__(self, x: Tensor) -> None:
+        assert x.ndim == 1 and x.is_contiguous()
+        self.element_type, self._x = x.dtype, x
+
+    def __getitem__(self, i: Tensor | int) -> Tensor:
+        return self._x[i]
 
 
 def _module(name: str, functions: dict[str, Any]) -> dict[str, ModuleType]:
@@ -198,6 +260,9 @@ def installed(*, newer: bool = False, **versions: str | None) -> Iterator[None]:
         **_module("flash_attn.flash_attn_interface", _version_2()),
         **_module("flash_attn_interface", _newer_version_3() if newer else _version_3()),
         **_module("flash_attn.cute.interface", _version_4()),
+        **_module("flash_attn.cute.block_sparsity", {"BlockSparseTensorsTorch": BlockSparseTensorsTorch}),
+        **_module("flash_attn.cute.utils", {"ssa_to_scalar": lambda x: x, "scalar_to_ssa": lambda x, dtype: x}),
+        **_module("cutlass", {"Int64": torch.Tensor.long, "Int32": lambda x: x, "Uint8": torch.uint8}),
     }
     real = metadata.version
 

@@ -6,20 +6,27 @@ heads. FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1 makes it keep them on disk.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from attn_rewriter.device import Device
-from attn_rewriter.kernels.flash import Flash, How, Kept
+from attn_rewriter.kernels import masking
+from attn_rewriter.kernels.blocks import BLOCK, mask_names
+from attn_rewriter.kernels.flash import Flash, FlashForm, How, Kept
 from attn_rewriter.progress import working
-from attn_rewriter.spec import AttentionSpec, Shapes, Softcap
+from attn_rewriter.spec import AttentionSpec, Predicate, Shapes, Softcap, TensorMask, Values, parts
 
 
 class FA4(Flash):
-    """Causal, windows, softcap and GQA; backward from Hopper on."""
+    """Causal, windows, softcap and GQA; backward from Hopper on. On Hopper also any mask, and the blocks that it hides
+    are left out: its `mask_mod` is made from the predicate."""
 
     name = "fa4"
     distribution = "flash-attn-4"
@@ -42,12 +49,28 @@ class FA4(Flash):
         return reasons
 
     @staticmethod
+    def no_mask(form: FlashForm, shapes: Shapes, device: Device) -> list[str]:
+        assert form.mask is not None
+        reasons = []
+        if (device.capability or (0, 0))[0] != 9:  # elsewhere its blocks have other sizes
+            reasons.append(f"takes masks on sm_90 alone: {form.no_window}")
+        if any(form.mask.sizes()):
+            reasons.append("takes masks whose lengths and offsets are known")
+        if not isinstance(shapes.head_dim, int) or shapes.head_dim > 128:
+            reasons.append(f"takes masks up to head_dim 128, here {shapes.head_dim}")
+        if not isinstance(shapes.num_heads, int):
+            reasons.append("takes masks where the number of heads is known")
+        if shapes.needs_backward and torch.are_deterministic_algorithms_enabled():
+            reasons.append("has no deterministic backward pass with a mask")
+        return reasons
+
+    @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor, how: How) -> tuple[Tensor, Tensor, Tensor | None]:
         from flash_attn.cute.interface import _flash_attn_fwd
 
         with _compiling("forward", query, key, how):
             output, logsumexp, *_ = _flash_attn_fwd(
-                query, key, value, softcap=how.softcap or None, return_lse=True, **_common(how)
+                query, key, value, softcap=how.softcap or None, return_lse=True, **_common(how, query, "kv")
             )
         return output, logsumexp, None
 
@@ -64,7 +87,7 @@ class FA4(Flash):
                 softcap=how.softcap,
                 deterministic=torch.are_deterministic_algorithms_enabled(),
                 **dict(zip(("dq", "dk", "dv"), found)),
-                **_common(how),
+                **_common(how, kept.query, "q"),
             )
         return found  # type: ignore[return-value]
 
@@ -77,7 +100,7 @@ def _compiling(direction: str, query: Tensor, key: Tensor, how: How) -> Iterator
     """Show the first call of its kind as what it mostly is."""
     *_, num_heads, head_dim = query.shape
     window = tuple(side < 0 for side in how.window)
-    kind = direction, query.dtype, head_dim, num_heads // key.size(-2), how.causal, window, how.softcap
+    kind = direction, query.dtype, head_dim, num_heads // key.size(-2), how.causal, window, how.softcap, how.mask
     if kind in _compiled:
         yield
         return
@@ -86,12 +109,85 @@ def _compiling(direction: str, query: Tensor, key: Tensor, how: How) -> Iterator
     _compiled.add(kind)
 
 
-def _common(how: How) -> dict[str, float | bool | int | None]:
-    """The arguments that its two passes share. It takes None for no bound, and 0 on the right as causal."""
-    left, right = (None if side < 0 else side for side in how.window)
+def _common(how: How, query: Tensor, side: str) -> dict[str, Any]:
+    """The arguments that its two passes share. It takes None for no bound, and 0 on the right as causal. Of a block
+    mask, the forward pass wants the keys of each query, the backward pass the queries of each key."""
+    if how.mask is None:
+        left, right = (None if bound < 0 else bound for bound in how.window)
+        window = {"window_size_left": left, "window_size_right": None if how.causal else right}
+        return {"softmax_scale": how.scale, "causal": how.causal, **window}
+    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+
+    half = len(how.blocks) // 2
+    blocks = how.blocks[:half] if side == "kv" else how.blocks[half:]
     return {
         "softmax_scale": how.scale,
-        "causal": how.causal,
-        "window_size_left": left,
-        "window_size_right": None if how.causal else right,
+        "mask_mod": _mask_mod(how.mask, query.size(-2)),
+        "aux_tensors": _auxiliary(how.mask, how.masks) or None,
+        "block_sparse_tensors": BlockSparseTensorsTorch(*blocks, block_size=(BLOCK, BLOCK)),
     }
+
+
+_SCORES = ("batch", "head", "query", "key")
+
+
+def _axes(mask: Predicate) -> dict[str, tuple[str, ...]]:
+    """Over which axes each tensor of a predicate varies."""
+    found: dict[str, set[str]] = {}
+    for part in parts(mask):
+        if isinstance(part, (TensorMask, Values)):
+            found.setdefault(str(part.tensor), set()).update(part.axes)
+    return {name: tuple(axis for axis in _SCORES if axis in axes) for name, axes in found.items()}
+
+
+def _auxiliary(mask: Predicate, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors of a predicate as it takes them: with one dimension, and bytes for booleans."""
+    axes = _axes(mask)
+    flat = []
+    for name, x in zip(mask_names(mask), tensors):
+        for i, axis in enumerate(_SCORES):
+            if axis not in axes[name]:
+                x = x.narrow(i, 0, 1)
+        x = x.contiguous().flatten()
+        flat.append(x.view(torch.uint8) if x.dtype == torch.bool else x)
+    return flat
+
+
+@lru_cache
+def _mask_mod(mask: Predicate, num_heads: int) -> Callable[..., Any]:
+    """A predicate as a function of (batch, head, query, key) in CuTe, which traces it when it compiles."""
+    import cutlass
+    from flash_attn.cute.utils import scalar_to_ssa, ssa_to_scalar
+
+    axes = _axes(mask)
+
+    def mask_mod(b: Any, h: Any, q: Any, k: Any, seqlen_info: Any, auxiliary: Any) -> Any:
+        sizes = dict(zip(_SCORES, (None, num_heads, seqlen_info.seqlen_q, seqlen_info.seqlen_k)))
+        tensors: Any = {}
+        for name, flat in zip(mask_names(mask), auxiliary or ()):
+            tensors[name] = _Flat(flat, tuple((axis in axes[name], sizes[axis]) for axis in _SCORES), cutlass)
+        b, h, q, k = map(ssa_to_scalar, (b, h, q, k))
+        kept = masking.holds(mask, tensors, b, h, q, k, wide=cutlass.Int64)
+        return scalar_to_ssa(cutlass.Int32(kept), cutlass.Int32)
+
+    # It keeps what it compiled by this, on disk as well.
+    code = repr((mask, num_heads)).encode() + b"".join(Path(f).read_bytes() for f in (__file__, masking.__file__))
+    mask_mod.__cute_hash__ = hashlib.sha256(code).hexdigest()  # type: ignore[attr-defined]
+    return mask_mod
+
+
+class _Flat:
+    """A tensor of one dimension that is read at (batch, head, query, key); `axes` are whether it varies over each, and
+    the size."""
+
+    def __init__(self, tensor: Any, axes: tuple[tuple[bool, Any], ...], cutlass: Any) -> None:
+        self._tensor, self._axes, self._cutlass = tensor, axes, cutlass
+
+    def __getitem__(self, at: tuple[Any, ...]) -> Any:
+        offset: Any = 0
+        for i, (varies, size) in zip(at, self._axes):
+            if varies:
+                i = self._cutlass.Int64(i)
+                offset = i if isinstance(offset, int) else offset * size + i
+        element = self._tensor[offset]
+        return element != 0 if self._tensor.element_type is self._cutlass.Uint8 else element

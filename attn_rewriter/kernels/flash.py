@@ -7,7 +7,8 @@ every version goes through `torch.compile`, whatever its package registers.
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
@@ -18,18 +19,21 @@ from torch.torch_version import TorchVersion
 
 from attn_rewriter.device import Device
 from attn_rewriter.kernels.base import Kernel, Limits, Tensors
+from attn_rewriter.kernels.blocks import TENSORS, block_mask, mask_names
 from attn_rewriter.packages import version
 from attn_rewriter.spec import (
     EVERY_KEY,
     AttentionSpec,
     Band,
     Mask,
+    Predicate,
     Scale,
     ScaleBy,
     Shapes,
     Size,
     Softcap,
     at_most,
+    parsed,
     same,
 )
 
@@ -40,13 +44,15 @@ HALF = frozenset({torch.float16, torch.bfloat16})
 class FlashForm:
     """`softcap(query_scales(query) @ keyᵀ * scale)` within a window: query `i` sees the keys from `i + shift - left` to
     `i + shift + right`, with `shift = kv_len - q_len` (the last query is aligned with the last key), None being no
-    bound."""
+    bound. Where `mask` is not None, it says instead which keys are seen, and `no_window` why that is no window."""
 
     scale: float = 1.0
     query_scales: tuple[ScaleBy, ...] = ()
     softcap: float = 0.0
     left: int | None = None
     right: int | None = None
+    mask: Predicate | None = None
+    no_window: str = ""
 
 
 def flash_form(spec: AttentionSpec, shapes: Shapes) -> FlashForm | str:
@@ -65,11 +71,18 @@ def flash_form(spec: AttentionSpec, shapes: Shapes) -> FlashForm | str:
                 pass
             case _:
                 return f"computes no {modifier}" + (" after a softcap" if softcap else "")
-    if spec.sinks is not None:
-        return "computes no sinks"
+    form = FlashForm(scale, tuple(query_scales), softcap)
     keep = spec.keep.within(shapes.q_len, shapes.kv_len)
     if keep == EVERY_KEY:
-        return FlashForm(scale, tuple(query_scales), softcap)
+        return form
+    window = _window(keep, shapes)
+    if isinstance(window, str):
+        return replace(form, mask=keep, no_window=window)
+    return replace(form, left=window[0], right=window[1])
+
+
+def _window(keep: Predicate, shapes: Shapes) -> tuple[Any, Any] | str:
+    """A predicate as the left and right side of a window, or the reason why it is none."""
     if not isinstance(keep, Band):
         return f"takes a window, not {keep}"
     shift = shapes.kv_len - shapes.q_len
@@ -79,7 +92,7 @@ def flash_form(spec: AttentionSpec, shapes: Shapes) -> FlashForm | str:
             return f"aligns its windows with the last query and key, and they must meet: not {keep} at {shapes}"
     if (left, right) != (None, 0) and not at_most(shapes.q_len, shapes.kv_len):
         return f"takes windows over at least as many keys as queries, not {keep} at {shapes}"  # FA2 widens them
-    return FlashForm(scale, tuple(query_scales), softcap, left, right)
+    return left, right
 
 
 def _distance(shift: Size, bound: Size | None, sign: int) -> Size | None:
@@ -125,6 +138,8 @@ class Flash(Kernel):
         form = flash_form(spec, shapes)
         if isinstance(form, str):
             reasons.append(form)
+        elif form.mask is not None:
+            reasons += self.no_mask(form, shapes, device)
         if spec.dropout_p and not self.has_dropout:
             reasons.append("has no dropout")
         if isinstance(shapes.head_dim, int) and shapes.head_dim % 8:
@@ -135,6 +150,11 @@ class Flash(Kernel):
             reasons.append(absent)
         return reasons
 
+    @staticmethod
+    def no_mask(form: FlashForm, shapes: Shapes, device: Device) -> list[str]:
+        """Why it can't compute the mask of a form."""
+        return [form.no_window]
+
     def attend(self, spec: AttentionSpec, shapes: Shapes, device: Device, tensors: Tensors) -> Tensor:
         form = flash_form(spec, shapes)
         assert not isinstance(form, str)
@@ -144,11 +164,23 @@ class Flash(Kernel):
         scale = form.scale
         if not scale > 0:  # kernels take the largest score before they multiply
             query, scale = query * scale, 1.0
+        sinks = None
+        if spec.sinks is not None:
+            number = (
+                torch.full((1, 1, 1, 1), spec.sinks, device=query.device) if isinstance(spec.sinks, float) else None
+            )
+            sinks = (tensors[spec.sinks] if number is None else number).squeeze(-1)
+        blocks: list[Tensor] = []
+        masks: list[Tensor] = []
+        if form.mask is not None:
+            found = block_mask(form.mask, shapes, tensors)
+            blocks = [found[i] for i in range(len(TENSORS))]
+            masks = [tensors[name] for name in mask_names(form.mask)]
         window = (-1 if side is None else side for side in (form.left, form.right))
-        options = (self.name, scale, form.softcap, *window, spec.dropout_p)
+        numbers = (scale, form.softcap, *window, spec.dropout_p, repr(form.mask))
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         attention = flash_attention_with_dropout if spec.dropout_p else flash_attention
-        return attention(query, key, value, *options)[0].transpose(1, 2)
+        return attention(query, key, value, sinks, blocks, masks, self.name, *numbers)[0].transpose(1, 2)
 
     @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor, how: How) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -164,13 +196,17 @@ class Flash(Kernel):
 
 @dataclass(frozen=True)
 class How:
-    """The numbers of a call; -1 is no bound."""
+    """The rest of a call: numbers, -1 being no bound; and where there is a mask, the predicate, the tensors of its
+    `BlockMask`, and those that the predicate names, in their order."""
 
     scale: float
     softcap: float
     left: int
     right: int
     dropout_p: float
+    mask: Predicate | None = None
+    blocks: Sequence[Tensor] = ()
+    masks: Sequence[Tensor] = ()
 
     @property
     def causal(self) -> bool:
@@ -179,6 +215,21 @@ class How:
     @property
     def window(self) -> tuple[int, int]:
         return self.left, self.right
+
+    @classmethod
+    def of(
+        cls,
+        blocks: Sequence[Tensor],
+        masks: Sequence[Tensor],
+        scale: float,
+        softcap: float,
+        left: int,
+        right: int,
+        dropout_p: float,
+        mask: str,
+    ) -> How:
+        """From the arguments of the operators, which take a predicate as its `repr`."""
+        return cls(scale, softcap, left, right, dropout_p, _mask(mask), blocks, masks)
 
 
 class Kept(NamedTuple):
@@ -192,6 +243,11 @@ class Kept(NamedTuple):
     random: Tensor
 
 
+@lru_cache
+def _mask(written: str) -> Predicate | None:
+    return None if written == "None" else parsed(written)
+
+
 def _held(x: Tensor) -> Tensor:
     """A tensor whose elements all lie in memory: Hopper's copies take no stride of 0, as the gradient of a sum has."""
     return x.contiguous() if 0 in x.stride() else x
@@ -201,22 +257,36 @@ def _flash_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    sinks: Tensor | None,
+    blocks: Sequence[Tensor],
+    masks: Sequence[Tensor],
     kernel: str,
     scale: float,
     softcap: float,
     left: int,
     right: int,
     dropout_p: float,
+    mask: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    how = How(scale, softcap, left, right, dropout_p)
+    how = How.of(blocks, masks, scale, softcap, left, right, dropout_p, mask)
     query, key, value = map(_held, (query, key, value))
     output, logsumexp, random = Flash.versions[kernel].forward(query, key, value, how)
+    if sinks is not None:
+        output, logsumexp = _with_sinks(output, logsumexp, sinks)
     # Contiguous, as the fake says: version 2 lays its output out as its query.
     random = query.new_empty(2, dtype=torch.int64) if random is None else random
     return output.contiguous(), logsumexp.contiguous(), random
 
 
-def _like_flash_attention(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _with_sinks(output: Tensor, logsumexp: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and logsumexp with one more score in each row, which has no value. (The backward pass of a kernel is right
+    with these: it takes the weights from the logsumexp.)"""
+    together = torch.logaddexp(logsumexp, sinks.float())
+    share = (logsumexp - together).exp().transpose(1, 2).unsqueeze(-1)
+    return (output * share).to(output.dtype), together
+
+
+def _like_flash_attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     batch, q_len, num_heads, _ = query.shape
     output = query.new_empty(batch, q_len, num_heads, value.size(-1))
     logsumexp = query.new_empty(batch, num_heads, q_len, dtype=torch.float32)
@@ -232,14 +302,17 @@ def _flash_attention_backward(
     output: Tensor,
     logsumexp: Tensor,
     random: Tensor,
+    blocks: Sequence[Tensor],
+    masks: Sequence[Tensor],
     kernel: str,
     scale: float,
     softcap: float,
     left: int,
     right: int,
     dropout_p: float,
+    mask: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    how = How(scale, softcap, left, right, dropout_p)
+    how = How.of(blocks, masks, scale, softcap, left, right, dropout_p, mask)
     kept = Kept(_held(query), _held(key), _held(value), output, logsumexp, random)
     return Flash.versions[kernel].backward(_held(gradient), kept, how)
 
@@ -250,13 +323,27 @@ def _(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:3], *output)
-    ctx.options = inputs[3:]
+    query, key, value, sinks, blocks, masks, *ctx.options = inputs
+    ctx.counts = len(blocks), len(masks)
+    ctx.save_for_backward(query, key, value, sinks, *output, *blocks, *masks)
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, gradient: Tensor, *others: None) -> tuple[Any, ...]:
-    return *_flash_attention_backward(gradient, *ctx.saved_tensors, *ctx.options), *(None for _ in ctx.options)
+    query, key, value, sinks, output, logsumexp, random, *rest = ctx.saved_tensors
+    n_blocks, n_masks = ctx.counts
+    kept = query, key, value, output, logsumexp, random
+    found = _flash_attention_backward(gradient, *kept, rest[:n_blocks], rest[n_blocks:], *ctx.options)
+    of_sinks = None
+    if sinks is not None and ctx.needs_input_grad[3]:
+        of_sinks = _gradient_of_sinks(gradient, output, logsumexp, sinks)
+    return *found, of_sinks, [None] * n_blocks, [None] * n_masks, *(None for _ in ctx.options)
+
+
+def _gradient_of_sinks(gradient: Tensor, output: Tensor, logsumexp: Tensor, sinks: Tensor) -> Tensor:
+    """Their weight times what all weights of a row have in common, `-Σ gradient * output`."""
+    along = (gradient.float() * output.float()).sum(-1).transpose(1, 2)
+    return ((sinks.float() - logsumexp).exp() * -along).sum_to_size(sinks.shape).to(sinks.dtype)
 
 
 def _operator(name: str, *tags: torch.Tag) -> Any:
@@ -267,8 +354,9 @@ def _operator(name: str, *tags: torch.Tag) -> Any:
 
 
 flash_attention = _operator("flash_attention")
-"""Query `[batch, q_len, num_heads, head_dim]`, key and value `[batch, kv_len, num_kv_heads, head_dim]` to the output,
-shaped as the query, its logsumexp, and the state of the dropout."""
+"""Query `[batch, q_len, num_heads, head_dim]`, key and value `[batch, kv_len, num_kv_heads, head_dim]`, sinks that
+broadcast to `[batch, num_heads, q_len]`, and the parts of a mask, to the output, shaped as the query, its logsumexp,
+and the state of the dropout."""
 
 flash_attention_with_dropout = _operator("flash_attention_with_dropout", torch.Tag.nondeterministic_seeded)
 """The same where it draws random numbers: PyTorch may neither merge two calls of it nor, but for a checkpoint that

@@ -4,8 +4,7 @@
 https://docs.pytorch.org/docs/stable/nn.attention.flex_attention.html). They hold no tensors: what they read is handed
 to the operator beside them, as Dynamo does it for the public function.
 
-Two kinds of nodes enter the graph. A `block_mask` says which blocks of 128 queries and 128 keys have anything to
-attend to; equal ones become one, so that all layers share it. A `flex_attention` computes.
+Two kinds of nodes enter the graph: a `block_mask` (`kernels/blocks.py`), and a `flex_attention`, which computes.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch._higher_order_ops.flex_attention import flex_attention
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.nn.attention.flex_attention import BlockMask
 
 from attn_rewriter.device import Device
-from attn_rewriter.kernels.base import Kernel, Limits, Tensors, number
+from attn_rewriter.kernels.base import Kernel, Limits, Tensors
+from attn_rewriter.kernels.blocks import BLOCK, AsNode, block_mask, in_memory, mask_names
 from attn_rewriter.kernels.masking import element, holds, modified
 from attn_rewriter.spec import (
     EVERY_KEY,
@@ -38,7 +37,6 @@ from attn_rewriter.spec import (
     Shapes,
 )
 
-_BLOCK = 128
 _MIN_HEAD_DIM = 16  # of a Triton matrix product
 _WHOLE = 1 << 30
 
@@ -87,16 +85,12 @@ class Flex(Kernel):
                 break
             modifiers.pop(0)
         keep = spec.keep.within(shapes.q_len, shapes.kv_len)
-        mask_names = tuple(dict.fromkeys([*map(str, keep.tensors()), *keep.sizes()]))
-        masks = tuple(tensors[name] for name in mask_names)
-        blocks = None
-        if keep != EVERY_KEY:
-            sizes = (shapes.batch, shapes.num_heads, shapes.q_len, shapes.kv_len)
-            blocks = _Blocks(keep, mask_names)(*(number(n, tensors) for n in sizes), query.device, masks)
+        masks = tuple(tensors[name] for name in mask_names(keep))
+        blocks = block_mask(keep, shapes, tensors) if keep != EVERY_KEY else None
         names = tuple(dict.fromkeys(name for m in modifiers for name in _names(m)))
         attend = _Attend(
             keep,
-            mask_names,
+            mask_names(keep),
             tuple(modifiers),
             names,
             scale,
@@ -131,7 +125,7 @@ def _tuned(query: torch.Tensor, value: torch.Tensor, captured: Sequence[Any]) ->
     tiles = sum(1 for x in captured if _is_tile(x))
     if tiles or (head_dim > 128 and head_dim & (head_dim - 1)):
         return {"num_stages": 2 if tiles <= 2 and capability in _LARGE_SHARED_MEMORY else 1}
-    many = statically_known_true(query.size(-2) >= _BLOCK)  # else PyTorch takes its kernel for decoding
+    many = statically_known_true(query.size(-2) >= BLOCK)  # else PyTorch takes its kernel for decoding
     if many and head_dim > 128 and query.element_size() == 2 and capability == (9, 0):
         forward = {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_stages": 2, "fwd_num_warps": 8}
         return {**forward, "bwd_num_stages": 2, "bwd_num_warps": 8}
@@ -153,22 +147,6 @@ def _names(modifier: Modifier) -> list[str]:
     ]
 
 
-@torch.library.custom_op("attn_rewriter::in_memory", mutates_args=())
-def _in_memory(x: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy that Inductor knows nothing about, for faults of its templates (2.11 to 2.13).
-
-    The Triton template takes a block mask to be contiguous, and reads past its end where Inductor gave a dimension of
-    one element another stride. The C++ template fails on a query that is a view of a tensor with other dimensions, and
-    on a captured tensor that would be computed where it is read.
-    """
-    return x.clone(memory_format=torch.contiguous_format)
-
-
-@_in_memory.register_fake
-def _(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
 class _RowMajor(torch.autograd.Function):
     """The same tensor, computed before it is read, and laid out with its keys next to each other in memory.
 
@@ -188,50 +166,8 @@ class _RowMajor(torch.autograd.Function):
         return gradient
 
 
-class _Node:
-    """A function that becomes one node where it is called on stand-ins; equal ones are the same function."""
-
-    def __call__(self, *args: Any) -> Any:
-        flat = [x for arg in args for x in (arg if isinstance(arg, tuple) else (arg,))]
-        if has_torch_function(flat):
-            return handle_torch_function(self, flat, *args)
-        return self.run(*args)
-
-    def run(self, *args: Any) -> Any:
-        raise NotImplementedError
-
-
 @dataclass(frozen=True)
-class _Blocks(_Node):
-    """The blocks in which a predicate keeps anything, and everything, as the tensors of a `BlockMask`."""
-
-    keep: Predicate
-    names: tuple[Any, ...]  # of tensors, and sizes that are symbols
-    __name__ = "block_mask"
-    is_shared = True
-
-    def run(
-        self, batch: int, num_heads: int, q_len: int, kv_len: int, device: Any, masks: tuple[torch.Tensor, ...]
-    ) -> tuple[Any, ...]:
-        batch = batch if "batch" in self.keep.varies_over() else 1
-        num_heads = num_heads if "head" in self.keep.varies_over() else 1
-        tensors = dict(zip(self.names, masks))
-
-        def mask_mod(b: Any, h: Any, q: Any, k: Any) -> torch.Tensor:
-            return holds(self.keep, tensors, b, h, q, k)
-
-        blocks = create_block_mask(mask_mod, batch, num_heads, q_len, kv_len, device, _BLOCK)
-        return tuple(_in_memory(getattr(blocks, name)) for name in _TENSORS)
-
-
-# In the order in which `BlockMask` takes them.
-_TENSORS = tuple(
-    f"{full}{side}_{what}" for side in ("kv", "q") for full in ("", "full_") for what in ("num_blocks", "indices")
-)
-
-
-@dataclass(frozen=True)
-class _Attend(_Node):
+class _Attend(AsNode):
     """The operator, with the functions that it takes; gives output and logsumexp, that to the base 2."""
 
     keep: Predicate
@@ -257,19 +193,19 @@ class _Attend(_Node):
             x if isinstance(x, torch.Tensor) else query.new_full((1, 1, 1, 1), x, dtype=torch.float32) for x in captured
         )
         if query.device.type == "cpu" and not self.logsumexp:
-            query, key, value = (_in_memory(x) for x in (query, key, value))
+            query, key, value = (in_memory(x) for x in (query, key, value))
             sizes = (x if isinstance(x, torch.Tensor) else torch.full((), x, dtype=torch.int64) for x in masks)
-            masks, buffers = (tuple(_in_memory(x) for x in held) for held in (sizes, buffers))
+            masks, buffers = (tuple(in_memory(x) for x in held) for held in (sizes, buffers))
         elif query.device.type == "cuda":
             masks, buffers = (
                 tuple(_RowMajor.apply(x) if _is_tile(x) else x for x in held) for held in (masks, buffers)
             )
         if blocks is None:
             one = torch.ones(1, 1, 1, dtype=torch.int32, device=query.device)
-            block_mask = BlockMask.from_kv_blocks(one, one.unsqueeze(-1) * 0, BLOCK_SIZE=_WHOLE, seq_lengths=(1, 1))
+            sparse = BlockMask.from_kv_blocks(one, one.unsqueeze(-1) * 0, BLOCK_SIZE=_WHOLE, seq_lengths=(1, 1))
         else:
             lengths = (query.size(-2), key.size(-2))
-            block_mask = BlockMask(lengths, *blocks, (_BLOCK, _BLOCK), self.mask_mod)  # type: ignore[call-arg, arg-type]
+            sparse = BlockMask(lengths, *blocks, (BLOCK, BLOCK), self.mask_mod)  # type: ignore[call-arg, arg-type]
         options = {
             "BACKEND": "AUTO",
             "PRESCALE_QK": False,
@@ -281,7 +217,7 @@ class _Attend(_Node):
             **_tuned(query, value, [*buffers, *masks]),
         }
         output, logsumexp, _ = flex_attention(
-            query, key, value, self.score_mod, block_mask.as_tuple(), self.scale, options, buffers, masks
+            query, key, value, self.score_mod, sparse.as_tuple(), self.scale, options, buffers, masks
         )
         return output, logsumexp
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import reduce
 from operator import add, and_
 from typing import Any
@@ -59,10 +59,13 @@ def holds(
     h: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
+    *,
+    wide: Callable[[Any], Any] = torch.Tensor.long,
 ) -> torch.Tensor:
     """A predicate at (batch, head, query, key), each an integer tensor: the 0-d ones of a FlexAttention `mask_mod`,
     or `coordinates` that broadcast to the scores. Of the tensors, only those that the predicate names are read.
-    Sizes in it that are symbols are keys of `tensors` as well."""
+    Sizes in it that are symbols are keys of `tensors` as well. (Other integers than tensors will do, with what makes
+    them `wide`, of 64 bits.)"""
     at = {"batch": b, "head": h, "query": q, "key": k}
 
     def integer(index: Index) -> Any:
@@ -70,11 +73,11 @@ def holds(
         for term, coefficient in index.terms:
             match term:
                 case Values():
-                    found = _gathered(term, tensors, at).long()
+                    found = wide(_gathered(term, tensors, at))
                 case Quotient(of, divisor):
                     found = integer(of) // divisor
                 case _:
-                    found = at[term].long()
+                    found = wide(at[term])
             found = found if coefficient == 1 else found * coefficient
             total = found if isinstance(total, int) and total == 0 else total + found
         return total
