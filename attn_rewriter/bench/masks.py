@@ -5,8 +5,8 @@ itself, "eager" for the code as it is; all compiled by Inductor:
 
     python -m attn_rewriter bench masks --json masks.json
 
-Times are medians of CUDA events after warm-up, one call at a time: forward without gradients, and a training step,
-forward with backward. Memory is the peak over the inputs. A kernel that can't compute a form has a dash, its reasons
+Times are medians after warm-up, launching not counted: forward without gradients, and a training step, forward with
+backward. Memory is the peak over the inputs. A kernel that can't compute a form has a dash, its reasons
 are in the file; cells in the file are not measured again. Without a GPU, without meaning: `--device cpu --tiny`.
 """
 
@@ -66,12 +66,17 @@ class Form:
         }
         return {"q": draw(self.heads), "k": draw(kv_heads), "v": draw(kv_heads), **extra}
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, **extra: Tensor) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, **extra: Tensor) -> Tensor:
         if self.kv_heads:
             k, v = (x.repeat_interleave(self.heads // self.kv_heads, dim=1) for x in (k, v))
         scores = q @ k.mT
         scores = self.score(scores * self.head_dim**-0.5 if self.scaled else scores, **extra)
-        return (scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v).transpose(1, 2)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.expand(*scores.shape[:-1], 1)], dim=-1)
+        weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+        if sinks is not None:
+            weights = weights[..., :-1]
+        return (weights @ v).transpose(1, 2).flatten(2)
 
 
 def _distance(scores: Tensor) -> Tensor:
@@ -151,6 +156,10 @@ def _buckets(form: Form, device: str) -> dict[str, Tensor]:
     return {"embedding": torch.randn(32, form.heads, device=device).requires_grad_()}
 
 
+def _sinks(form: Form, device: str) -> dict[str, Tensor]:
+    return {"sinks": torch.randn(form.heads, 1, 1, device=device).requires_grad_()}
+
+
 def _masked(scores: Tensor, mask: Tensor) -> Tensor:
     return scores.masked_fill(~mask, float("-inf"))
 
@@ -161,7 +170,9 @@ FORMS = {
     "mask tensor": Form(_masked, 4, 32, 4096, 128, 8, _opaque(_padding)),
     "causal, left padding": Form(lambda s, padding: _causal(_padded(s, padding)), 4, 32, 4096, 128, 8, _prompts),
     "left padding, mask tensor": Form(_masked, 4, 32, 4096, 128, 8, _opaque(_prompts)),
+    "causal, 8192": Form(_causal, 2, 32, 8192, 128, 8),
     "window 512": Form(lambda s: _causal(s, 512), 2, 32, 8192, 128, 8),
+    "sinks, window": Form(lambda s: _causal(s, 128), 2, 64, 4096, 64, 8, _sinks),
     "softcap, causal": Form(lambda s: _causal(50 * torch.tanh(s / 50)), 4, 16, 4096, 256, 8),
     "ALiBi, causal": Form(lambda s, alibi: _causal(s + alibi), 4, 32, 2048, 128, None, _slopes),
     "bias": Form(lambda s, bias: s + bias, 8, 12, 1024, 64, None, _bias),
@@ -198,7 +209,9 @@ def measure(
         torch.autograd.grad(output, wanted, torch.ones_like(output))
 
     step = {"forward": forward, "training": training}[direction]
-    taken, cell = time_step(step, lambda _: run.used(function, kernel), repeat, patience=run.PATIENCE)
+    taken, cell = time_step(
+        step, lambda _: run.used(function, kernel), repeat, patience=run.PATIENCE, reading_ms=run.READING_MS
+    )
     return cell | taken
 
 
