@@ -1,7 +1,8 @@
-"""What the flash-attention packages have in common: the forms that they compute, and one operator for all of them.
+"""What flash attention has in common, whoever computes it: its forms, and one operator for all of them.
 
-Their functions are called through a custom operator with a fake implementation and a backward pass of its own, so that
-every version goes through `torch.compile`, whatever its package registers.
+Packages are called through a custom operator with a fake implementation and a backward pass of its own, so that every
+version goes through `torch.compile`, whatever its package registers. It takes the names of two kernels, as the passes
+of two may be mixed.
 """
 
 from __future__ import annotations
@@ -118,7 +119,8 @@ class Flash(Kernel):
     versions: ClassVar[dict[str, type[Flash]]] = {}
 
     def __init_subclass__(cls) -> None:
-        cls.versions[cls.name] = cls
+        if "name" in vars(cls):
+            cls.versions[cls.name] = cls
 
     def refusals(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> list[str]:
         reasons = super().refusals(spec, shapes, device)
@@ -136,19 +138,7 @@ class Flash(Kernel):
         return reasons
 
     def attend(self, spec: AttentionSpec, shapes: Shapes, device: Device, tensors: Tensors) -> Tensor:
-        form = flash_form(spec, shapes)
-        assert not isinstance(form, str)
-        query, key, value = tensors["query"], tensors["key"], tensors["value"]
-        for query_scale in form.query_scales:
-            query = query_scale.apply(query, tensors)
-        scale = form.scale
-        if not scale > 0:  # kernels take the largest score before they multiply
-            query, scale = query * scale, 1.0
-        window = (-1 if side is None else side for side in (form.left, form.right))
-        options = (self.name, scale, form.softcap, *window, spec.dropout_p)
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        attention = flash_attention_with_dropout if spec.dropout_p else flash_attention
-        return attention(query, key, value, *options)[0].transpose(1, 2)
+        return attend(self, self, spec, shapes, tensors)
 
     @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor, how: How) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -157,9 +147,26 @@ class Flash(Kernel):
         raise NotImplementedError
 
     @staticmethod
-    def backward(gradient: Tensor, kept: Kept, how: How) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(gradient: Tensor, kept: Kept, how: How) -> tuple[Tensor, ...]:
         """The gradients of query, key and value."""
         raise NotImplementedError
+
+
+def attend(forward: Flash, backward: Flash, spec: AttentionSpec, shapes: Shapes, tensors: Tensors) -> Tensor:
+    """A form that both kernels compute, each in its pass."""
+    form = flash_form(spec, shapes)
+    assert not isinstance(form, str)
+    query, key, value = tensors["query"], tensors["key"], tensors["value"]
+    for query_scale in form.query_scales:
+        query = query_scale.apply(query, tensors)
+    scale = form.scale
+    if not scale > 0:  # kernels take the largest score before they multiply
+        query, scale = query * scale, 1.0
+    window = (-1 if side is None else side for side in (form.left, form.right))
+    options = (forward.name, backward.name, scale, form.softcap, *window, spec.dropout_p)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    attention = flash_attention_with_dropout if spec.dropout_p else flash_attention
+    return attention(query, key, value, *options)[0].transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -201,7 +208,8 @@ def _flash_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    kernel: str,
+    forward: str,
+    backward: str,
     scale: float,
     softcap: float,
     left: int,
@@ -210,7 +218,7 @@ def _flash_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     how = How(scale, softcap, left, right, dropout_p)
     query, key, value = map(_held, (query, key, value))
-    output, logsumexp, random = Flash.versions[kernel].forward(query, key, value, how)
+    output, logsumexp, random = Flash.versions[forward].forward(query, key, value, how)
     # Contiguous, as the fake says: version 2 lays its output out as its query.
     random = query.new_empty(2, dtype=torch.int64) if random is None else random
     return output.contiguous(), logsumexp.contiguous(), random
@@ -232,7 +240,7 @@ def _flash_attention_backward(
     output: Tensor,
     logsumexp: Tensor,
     random: Tensor,
-    kernel: str,
+    backward: str,
     scale: float,
     softcap: float,
     left: int,
@@ -241,7 +249,8 @@ def _flash_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     how = How(scale, softcap, left, right, dropout_p)
     kept = Kept(_held(query), _held(key), _held(value), output, logsumexp, random)
-    return Flash.versions[kernel].backward(_held(gradient), kept, how)
+    found = Flash.versions[backward].backward(_held(gradient), kept, how)
+    return tuple(x.contiguous() for x in found)  # type: ignore[return-value]
 
 
 @_flash_attention_backward.register_fake
@@ -256,7 +265,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _gradients(ctx: Any, gradient: Tensor, *others: None) -> tuple[Any, ...]:
-    return *_flash_attention_backward(gradient, *ctx.saved_tensors, *ctx.options), *(None for _ in ctx.options)
+    return *_flash_attention_backward(gradient, *ctx.saved_tensors, *ctx.options[1:]), *(None for _ in ctx.options)
 
 
 def _operator(name: str, *tags: torch.Tag) -> Any:
