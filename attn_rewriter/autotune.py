@@ -25,12 +25,12 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils.benchmark import Timer
 
-from attn_rewriter.choose import usable
+from attn_rewriter.choose import usable, with_pairs
 from attn_rewriter.describe import Description
 from attn_rewriter.device import Device
 from attn_rewriter.emit import Operands
 from attn_rewriter.graph import tensor
-from attn_rewriter.kernels import KERNELS
+from attn_rewriter.kernels import KERNELS, PAIRS
 from attn_rewriter.kernels.flash import Flash
 from attn_rewriter.packages import version
 from attn_rewriter.progress import working
@@ -48,8 +48,8 @@ _known: dict[str, Times] = {}
 
 
 def times(found: Description, device: Device, *, inductor: bool = True) -> Times:
-    """Of every kernel that can be chosen for a site, the fastest first; empty where there is nothing to choose, sizes
-    that only the run knows, or another device than the tensors'."""
+    """Of every kernel that can be chosen for a site, and of the pair that is faster than all, the fastest first; empty
+    where there is nothing to choose, sizes that only the run knows, or another device than the tensors'."""
     names = usable(found.spec, found.shapes, device, inductor=inductor)
     if len(names) < 2 or not _is_static(found) or device != Device.of(tensor(found.operands["query"].node).device):  # type: ignore[union-attr]
         return {}
@@ -72,24 +72,27 @@ def _is_static(found: Description) -> bool:
 
 def _measured(found: Description, device: Device, names: Sequence[str], key: str, about: dict[str, Any]) -> Times:
     """Time the kernels, and keep the result."""
-    measured: Times = {}
+    passes: dict[str, tuple[float, ...]] = {}
     full = False
     with torch.random.fork_rng(range(torch.cuda.device_count()) if device.type == "cuda" else []):
         for name in names:
             with working(f"timing {name} for {found.spec} at {found.shapes}"):
                 try:
-                    measured[name] = _time(found, device, name)
+                    passes[name] = _time(found, device, name)
                 except Exception as error:  # a kernel that fails is one less to choose from
                     log.info("%s could not be timed: %s: %s", name, type(error).__name__, error)
                     full = full or isinstance(error, torch.OutOfMemoryError)
+    combined = with_pairs(passes, found.spec, found.shapes, device)
+    fastest = sorted(combined, key=lambda name: sum(combined[name]))[:1]
+    measured = {name: sum(combined[name]) for name in (*passes, *fastest)}
     if not full:  # which is so now, and not for good
         _write(key, {**about, "milliseconds": measured})
     return measured
 
 
-def _time(found: Description, device: Device, name: str) -> float:
-    """Milliseconds of one kernel: its forward pass and, where the site needs it, its backward pass. (FlexAttention's
-    block mask counts in full, though layers share it.)"""
+def _time(found: Description, device: Device, name: str) -> tuple[float, ...]:
+    """Milliseconds of one kernel: of its forward pass and, where the site needs it, of its backward pass.
+    (FlexAttention's block mask counts in full, though layers share it.)"""
     samples = Samples(found)
     operands = Operands(found, samples, lambda x, dtype: x.to(dtype), lambda n: n)
     names = list(operands)
@@ -101,12 +104,20 @@ def _time(found: Description, device: Device, name: str) -> float:
 
     run = _compiled(attend, held) if KERNELS[name].needs_inductor else attend
 
-    def step() -> None:
+    def forward() -> torch.Tensor:
         with torch.set_grad_enabled(found.shapes.needs_backward):
-            output = run(*held)
-            if output.requires_grad:
-                torch.autograd.grad(output, wanted, torch.ones_like(output), allow_unused=True)
+            return run(*held)
 
+    def both() -> None:
+        output = forward()
+        if output.requires_grad:
+            torch.autograd.grad(output, wanted, torch.ones_like(output), allow_unused=True)
+
+    alone = _milliseconds(forward)
+    return (alone, max(_milliseconds(both) - alone, 0.0)) if found.shapes.needs_backward else (alone,)
+
+
+def _milliseconds(step: Callable[[], Any]) -> float:
     for _ in range(2):
         step()
     timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
@@ -198,7 +209,7 @@ def _read(key: str, names: Sequence[str]) -> Times:
     path = folder() / f"{key}.json"
     try:
         held = json.loads(path.read_text())["milliseconds"]
-        return {name: float(held[name]) for name in names if name in held}
+        return {name: float(held[name]) for name in held if name in names or name in PAIRS}
     except FileNotFoundError:
         return {}
     except Exception as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Union
 
@@ -10,8 +10,8 @@ import torch
 
 from attn_rewriter.device import Device
 from attn_rewriter.errors import KernelUnavailable, Refusal
-from attn_rewriter.kernels import KERNELS, Kernel
-from attn_rewriter.measured import ranking
+from attn_rewriter.kernels import KERNELS, PAIRS, Kernel, named
+from attn_rewriter.measured import passes
 from attn_rewriter.spec import EVERY_KEY, AttentionSpec, Shapes
 
 Request = Union[str, Sequence[str]]
@@ -20,6 +20,10 @@ FEW_QUERIES, SHORT = 127, 512
 """Less than a block of FlexAttention, and a few of them."""
 
 FLASH = ("fa4", "fa3", "fa2")
+
+ALIKE = 1.015
+"""How much longer `sdpa` may take and still come first: as a plain PyTorch operator it is cached and read more easily,
+and repeated measurements differ by as much."""
 
 
 @dataclass(frozen=True)
@@ -33,17 +37,19 @@ class Choice:
 def order(spec: AttentionSpec, shapes: Shapes, device: Device) -> tuple[str, ...]:
     """The kernels to try in automatic mode, the preferred one first.
 
-    On CUDA: where scores are nothing but scaled and causal, as measured (`attn_rewriter/measured.py`), or SDPA first
-    where nothing was. SDPA's kernels read any other mask or bias whole, where FlexAttention leaves out what is masked;
-    for a few queries there is nothing to leave out, and up to a few blocks of keys and no bias it takes longer to find
-    out what (`python -m attn_rewriter bench masks`). In float32 its backward pass has tiles of 16, whatever the card.
+    On CUDA: where scores are nothing but scaled and causal, as measured (`attn_rewriter/measured.py`), in training each
+    pass for itself, or SDPA first where nothing was. SDPA's kernels read any other mask or bias whole, where
+    FlexAttention leaves out what is masked; for a few queries there is nothing to leave out, and up to a few blocks of
+    keys and no bias it takes longer to find out what (`python -m attn_rewriter bench masks`). In float32 its backward
+    pass has tiles of 16, whatever the card.
     """
     if device.platform != "cuda":
         return _in_order("sdpa", "flex")
     few = isinstance(shapes.q_len, int) and shapes.q_len <= FEW_QUERIES
     if spec.is_plain(shapes):
         causal = spec.keep.within(shapes.q_len, shapes.kv_len) != EVERY_KEY
-        return _in_order(*(() if few else ranking(shapes, causal, device)), "sdpa")
+        times = {} if few else with_pairs(passes(shapes, causal, device), spec, shapes, device)
+        return _in_order(*_fastest_first(times), "sdpa")
     if few:
         return _in_order("sdpa", "flex")
     form = spec.affine()
@@ -51,6 +57,29 @@ def order(spec: AttentionSpec, shapes: Shapes, device: Device) -> tuple[str, ...
     short = unbiased and isinstance(shapes.q_len, int) and shapes.q_len <= SHORT
     wide = (shapes.product_dtype or shapes.dtype) == torch.float32
     return _in_order("sdpa", "flex") if short or wide else _in_order("flex", *FLASH, "sdpa")
+
+
+def with_pairs(
+    times: Mapping[str, tuple[float, ...]], spec: AttentionSpec, shapes: Shapes, device: Device
+) -> dict[str, tuple[float, ...]]:
+    """Times of kernels by pass, and of all that can be made of two of them. (Where one of two is refused, it says so
+    itself.)"""
+    mixed = {
+        name: (times[pair.forward.name][0], *times[pair.backward.name][1:])
+        for name, pair in PAIRS.items()
+        if {pair.forward.name, pair.backward.name} <= times.keys() and not pair.refusals(spec, shapes, device)
+    }
+    return {**times, **mixed}
+
+
+def _fastest_first(times: Mapping[str, tuple[float, ...]]) -> list[str]:
+    """By all passes together, but `sdpa` before those that are hardly faster in any."""
+    ranked = sorted(times, key=lambda name: sum(times[name]))
+    if "sdpa" not in times:
+        return ranked
+    faster = ranked[: ranked.index("sdpa")]
+    clearly = [name for name in faster if any(plain > ALIKE * t for plain, t in zip(times["sdpa"], times[name]))]
+    return [*dict.fromkeys([*clearly, "sdpa", *ranked])]
 
 
 def _in_order(*first: str) -> tuple[str, ...]:
@@ -63,10 +92,12 @@ def requested(kernel: Request) -> tuple[str, ...] | None:
     names = (kernel,) if isinstance(kernel, str) else tuple(kernel)
     if names == ("auto",):
         return None
-    unknown = [name for name in names if name not in KERNELS]
+    unknown = [name for name in names if name not in KERNELS and name not in PAIRS]
     if unknown or not names:
         asked = f"unknown kernel {unknown[0]!r}" if unknown else "no kernel is named"
-        raise ValueError(f"{asked}: choose from 'auto', {', '.join(map(repr, KERNELS))}, or a list of these")
+        raise ValueError(
+            f"{asked}: choose from 'auto', {', '.join(map(repr, KERNELS))}, a pair such as 'cudnn/fa4', or a list"
+        )
     return names
 
 
@@ -89,7 +120,7 @@ def choose(
     for name in names or dict.fromkeys([*preferred, *order(spec, shapes, device)]):
         reasons = _reasons(name, spec, shapes, device, inductor or names is not None)
         if not reasons:
-            return Choice(KERNELS[name], tuple(refused))
+            return Choice(named(name), tuple(refused))
         refused += [Refusal("choose", f"{name}: {reason}") for reason in reasons]
     said = "; ".join(refusal.reason for refusal in refused)
     if names is not None:
@@ -98,12 +129,13 @@ def choose(
 
 
 def usable(spec: AttentionSpec, shapes: Shapes, device: Device, *, inductor: bool = True) -> tuple[str, ...]:
-    """All kernels that the automatic choice is between."""
-    return tuple(name for name in order(spec, shapes, device) if not _reasons(name, spec, shapes, device, inductor))
+    """All kernels, without pairs of them, that the automatic choice is between."""
+    names = (name for name in order(spec, shapes, device) if name in KERNELS)
+    return tuple(name for name in names if not _reasons(name, spec, shapes, device, inductor))
 
 
 def _reasons(name: str, spec: AttentionSpec, shapes: Shapes, device: Device, inductor: bool) -> list[str]:
-    reasons = KERNELS[name].refusals(spec, shapes, device)
-    if KERNELS[name].needs_inductor and not inductor:
+    reasons = named(name).refusals(spec, shapes, device)
+    if named(name).needs_inductor and not inductor:
         reasons.append("only Inductor makes a fused kernel of it")
     return reasons

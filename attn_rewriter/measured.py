@@ -28,12 +28,12 @@ def table(capability: tuple[int, int]) -> tuple[dict[str, Any], ...]:
     return tuple(json.loads(path.read_text())["cells"]) if path.exists() else ()
 
 
-def ranking(shapes: Shapes, causal: bool, device: Device) -> tuple[str, ...]:
-    """Kernels for scores that are but scaled, the fastest first: as in the cell that is nearest in length and head_dim
-    (by their ratios). Training counts both passes."""
+def passes(shapes: Shapes, causal: bool, device: Device) -> dict[str, tuple[float, ...]]:
+    """By kernel, the milliseconds of its forward pass and, in training, of its backward pass, for scores that are but
+    scaled: those of the cell that is nearest in length and head_dim (by their ratios)."""
     cells = [cell for cell in table(device.capability) if cell["causal"] == causal] if device.capability else []
     if not cells:
-        return ()
+        return {}
     length, head_dim, grouped = _typical(shapes.kv_len), _typical(shapes.head_dim), _typical(shapes.num_groups) > 1
 
     def distance(cell: dict[str, Any]) -> float:
@@ -41,9 +41,8 @@ def ranking(shapes: Shapes, causal: bool, device: Device) -> tuple[str, ...]:
         return apart + (grouped != (cell["groups"] > 1))
 
     nearest = min(cells, key=distance)
-    passes = ("forward", "backward") if shapes.needs_backward else ("forward",)
-    times = {name: sum(nearest[p][name] for p in passes) for name in nearest[passes[-1]] if name in nearest["forward"]}
-    return tuple(sorted(times, key=lambda name: times[name]))
+    wanted = [nearest[way] for way in (("forward", "backward") if shapes.needs_backward else ("forward",))]
+    return {name: tuple(times[name] for times in wanted) for name in wanted[0] if all(name in t for t in wanted)}
 
 
 def _typical(size: Any) -> int:

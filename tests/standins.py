@@ -1,9 +1,11 @@
-"""Stand-ins for the flash-attention packages: the functions that are called, with their published signatures, in plain
-PyTorch. They show what each is asked for; that the packages compute it is for `test_gpu.py`."""
+"""Stand-ins for the flash-attention packages, and for the operators of PyTorch that are for CUDA alone: the functions
+that are called, with their published signatures, in plain PyTorch. They show what each is asked for; that the packages
+and operators compute it is for `test_gpu.py`."""
 
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -14,7 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from attn_rewriter.kernels.aten import CuDNN, TorchFlash
 from attn_rewriter.kernels.flash import missing
+
+PACKAGES = ("fa2", "fa3", "fa4")
+"""The kernels that are from packages."""
 
 VERSIONS = {"flash-attn": "2.8.3.post2", "flash-attn-3": "3.0.0b1", "flash-attn-4": "4.0.0b36"}
 
@@ -243,6 +249,68 @@ class _Aux:
         return self._x[i]
 
 
+class _ATen:
+    """The operators behind `scaled_dot_product_attention`, as CPU implementations of their real schemas."""
+
+    def __init__(self) -> None:
+        self.plans: dict[Any, Any] = {}
+
+    def register(self, library: torch.library.Library) -> None:
+        for backend in ("cudnn", "flash"):
+            for way in ("", "_backward"):
+                operator = f"_scaled_dot_product_{backend}_attention{way}"
+                library.impl(operator, getattr(self, backend + way), "CPU")
+
+    def cudnn(
+        self, query, key, value, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False,
+        return_debug_mask=False, *, scale=None,
+    ):  # fmt: skip
+        assert attn_bias is None and compute_log_sumexp and not dropout_p and not return_debug_mask
+        output, logsumexp = self.forward(query, key, value, is_causal, scale)
+        none, number = query.new_empty(0), query.new_zeros((), dtype=torch.int64)
+        return output, logsumexp.unsqueeze(-1), none, none, query.size(2), key.size(2), number, number, none
+
+    def cudnn_backward(
+        self, grad_out, query, key, value, out, logsumexp, philox_seed, philox_offset, attn_bias, cum_seq_q, cum_seq_k,
+        max_q, max_k, dropout_p, is_causal, *, scale=None,
+    ):  # fmt: skip
+        """Raises where the real one would take its plan for tensors that lie otherwise."""
+        assert attn_bias is cum_seq_q is cum_seq_k is None and not dropout_p and philox_seed.dtype == torch.int64
+        assert logsumexp.shape == (*query.shape[:3], 1) and logsumexp.is_contiguous()
+        known = (query.dtype, *((x.shape, x.stride()) for x in (query, key, value)), is_causal)
+        plan = out.stride(), grad_out.stride()
+        assert self.plans.setdefault(known, plan) == plan
+        assert out.stride() == torch.empty_like(query).stride() and grad_out.transpose(1, 2).is_contiguous()
+        return self.backward(grad_out, query, key, value, out, logsumexp.squeeze(-1), is_causal, scale)
+
+    def flash(self, query, key, value, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
+        assert not dropout_p and not return_debug_mask
+        output, logsumexp = self.forward(query, key, value, is_causal, scale)
+        none, state = query.new_empty(0), query.new_zeros(2, dtype=torch.uint64)
+        return output, logsumexp, none, none, query.size(2), key.size(2), state, state[0], none
+
+    def flash_backward(
+        self, grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal,
+        philox_seed, philox_offset, *, scale=None,
+    ):  # fmt: skip
+        assert cum_seq_q is cum_seq_k is None and not dropout_p and philox_seed.dtype == torch.uint64
+        return self.backward(grad_out, query, key, value, out, logsumexp, is_causal, scale)
+
+    @staticmethod
+    def forward(query, key, value, is_causal, scale):
+        assert not is_causal or query.size(2) == key.size(2)  # where the alignment makes no difference
+        given = (x.transpose(1, 2) for x in (query, key, value))
+        output, logsumexp = attention(*given, scale, None, 0 if is_causal else None, 0.0)
+        return torch.empty_like(query).copy_(output.transpose(1, 2)), logsumexp
+
+    @staticmethod
+    def backward(grad_out, query, key, value, out, logsumexp, is_causal, scale):
+        assert out.shape == grad_out.shape == query.shape and logsumexp.shape == query.shape[:3]
+        given = (x.transpose(1, 2) for x in (grad_out, query, key, value, out))
+        found = gradients(*given, logsumexp, scale, None, 0 if is_causal else None, 0.0)
+        return tuple(torch.empty_like(x).copy_(g.transpose(1, 2)) for x, g in zip((query, key, value), found))
+
+
 def _module(name: str, functions: dict[str, Any]) -> dict[str, ModuleType]:
     module = ModuleType(name)
     module.__dict__.update(functions)
@@ -251,8 +319,8 @@ def _module(name: str, functions: dict[str, Any]) -> dict[str, ModuleType]:
 
 @contextmanager
 def installed(*, newer: bool = False, **versions: str | None) -> Iterator[None]:
-    """As if the packages were installed, and could run on CPU; versions by distribution, "_" for "-", None for none.
-    `newer` is the newer form of flash-attention 3."""
+    """As if the packages were installed, and they and PyTorch's operators could run on CPU; versions by distribution,
+    "_" for "-", None for none. `newer` is the newer form of flash-attention 3."""
     found = {**VERSIONS, **{name.replace("_", "-"): version for name, version in versions.items()}}
     modules = {
         **_module("flash_attn", {"__path__": []}),
@@ -274,7 +342,12 @@ def installed(*, newer: bool = False, **versions: str | None) -> Iterator[None]:
         return found[name]
 
     missing.cache_clear()
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, torch.library._scoped_library("aten", "IMPL") as library:
+        with warnings.catch_warnings():  # of one within another
+            warnings.simplefilter("ignore")
+            _ATen().register(library)
+        for kernel in (CuDNN, TorchFlash):
+            patch.setattr(kernel, "unavailable", staticmethod(lambda: None))
         for name, module in modules.items():
             patch.setitem(sys.modules, name, module)
         patch.setattr(metadata, "version", version)

@@ -14,8 +14,10 @@ from torch import Tensor
 
 import attn_rewriter
 from attn_rewriter import Report, autotune
+from attn_rewriter.device import Device
 from tests.accuracy import assert_as_accurate
 from tests.running import with_gradients
+from tests.standins import installed
 
 
 @pytest.fixture(autouse=True)
@@ -47,11 +49,11 @@ def tuned(given: list[Tensor], **options: Any) -> Report:
     return attn_rewriter.report_of(function)
 
 
-def timing(**milliseconds: float) -> Callable[..., float]:
+def timing(**milliseconds: float) -> Callable[..., tuple[float, ...]]:
     """A clock that shows these times, and fails for other kernels."""
 
-    def time(found: Any, device: Any, name: str) -> float:
-        return milliseconds[name]
+    def time(found: Any, device: Any, name: str) -> tuple[float, ...]:
+        return (milliseconds[name],)
 
     return time
 
@@ -102,6 +104,29 @@ def test_training_is_timed_with_its_backward_pass(monkeypatch: pytest.MonkeyPatc
     assert len(seen) > 4
     (site,) = attn_rewriter.report_of(function).sites
     assert dict(site.times).keys() == {"sdpa", "reference"}
+
+
+def test_the_fastest_passes_are_paired(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that is imagined to be the CPU."""
+    clock = {"cudnn": (1.0, 4.0), "fa4": (2.0, 2.0), "sdpa": (1.0, 3.5)}
+    monkeypatch.setattr(autotune, "_time", lambda found, device, name: clock[name])
+    monkeypatch.setattr(Device, "of", lambda device: Device("cuda", (9, 0)))
+    given = [x.bfloat16().requires_grad_() for x in inputs()[:3]]
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT * 0.25).softmax(-1) @ v
+
+    with installed():
+        for _ in range(2):  # from the clock, then from the file
+            torch._dynamo.reset()
+            function = attn_rewriter.optimize(plain, compiler="aot_eager", autotune=True, dynamic=False)
+            torch.autograd.grad(function(*given).sum(), given)
+            (site,) = attn_rewriter.report_of(function).sites
+            assert site.kernel == "cudnn/fa4"
+            assert site.times == (("cudnn/fa4", 3.0), ("fa4", 4.0), ("sdpa", 4.5), ("cudnn", 5.0))
+            autotune._known.clear()
+    (path,) = folder.iterdir()
+    assert json.loads(path.read_text())["milliseconds"]["cudnn/fa4"] == 3.0
 
 
 def test_random_numbers_are_as_without() -> None:

@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from attn_rewriter import AttentionSpec, Device
-from attn_rewriter.choose import Choice, choose
+from attn_rewriter import AttentionSpec, Device, measured
+from attn_rewriter.choose import ALIKE, Choice, choose
 from attn_rewriter.spec import Band, Bias, Mask, Scale, Shapes, Softcap, TensorMask
+from tests.standins import installed
 
 SCALE = Scale(0.125)
 CAUSAL = AttentionSpec((SCALE, Mask(None, Band(None, 0), "keep")))
@@ -67,3 +68,53 @@ def test_flex_is_a_kernel_under_inductor_alone() -> None:
     choice = choose(CAPPED, LONG, Device.parse("sm_90"), inductor=False)
     assert "only Inductor" in str(choice)
     assert isinstance(choose(CAPPED, LONG, Device.parse("sm_90"), "flex", inductor=False), Choice)
+
+
+def chosen(
+    monkeypatch: pytest.MonkeyPatch,
+    times: dict[str, tuple[float, float]],
+    shapes: Shapes,
+    spec: AttentionSpec = CAUSAL,
+    **versions: None,
+) -> Choice:
+    """The choice on a card where kernels take these milliseconds forward and backward."""
+    forward, backward = ({name: passes[i] for name, passes in times.items()} for i in range(2))
+    cell = {"head_dim": 64, "length": 4096, "causal": True, "groups": 1, "forward": forward, "backward": backward}
+    monkeypatch.setattr(measured, "table", lambda capability: (cell,))
+    with installed(**versions):
+        choice = choose(spec, shapes, Device.parse("sm_90"))
+    assert isinstance(choice, Choice)
+    return choice
+
+
+CROSSED = {"sdpa": (1.0, 3.0), "cudnn": (1.0, 3.0), "fa4": (1.2, 2.0), "fa2": (2.0, 2.5)}
+
+
+@pytest.mark.parametrize(
+    ("times", "shapes", "kernel"),
+    [
+        (CROSSED, TRAINING, "cudnn/fa4"),
+        (CROSSED, LONG, "sdpa"),
+        ({**CROSSED, "fa4": (0.9, 3.5)}, TRAINING, "fa4/fa2"),
+        ({**CROSSED, "fa4": (0.9, 2.0)}, TRAINING, "fa4"),
+        ({**CROSSED, "flex": (0.5, 1.0)}, TRAINING, "flex"),
+        ({"sdpa": (1.0, 3.0), "cudnn": (1 / ALIKE, 3.0)}, TRAINING, "sdpa"),
+        ({"sdpa": (1.0, 3.0), "cudnn": (0.9, 3.0)}, TRAINING, "cudnn"),
+        ({"sdpa": (1.0, 3.0), "cudnn": (0.9, 3.0)}, replace(TRAINING, q_len=100), "sdpa"),
+        ({"cudnn": (1.0, 3.0), "fa4": (1.0, 2.0)}, replace(TRAINING, dtype=torch.float32), "sdpa"),
+    ],
+)
+def test_each_pass_goes_to_what_was_measured(
+    times: dict[str, tuple[float, float]], shapes: Shapes, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert chosen(monkeypatch, times, shapes).kernel.name == kernel
+
+
+def test_a_pair_needs_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = chosen(monkeypatch, {**CROSSED, "fa4": (0.8, 2.0)}, TRAINING, flash_attn_4=None, flash_attn=None)
+    assert choice.kernel.name == "sdpa"
+    assert [refusal.reason for refusal in choice.refused] == ["fa4: flash-attn-4 is not installed"]
+
+
+def test_no_pass_is_mixed_where_weights_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chosen(monkeypatch, CROSSED, TRAINING, replace(CAUSAL, dropout_p=0.1)).kernel.name == "sdpa"

@@ -19,7 +19,7 @@ from attn_rewriter.spec import Band, Mask, Scale, Shapes, Softcap
 from tests.accuracy import assert_as_accurate
 from tests.running import DRAWS, joined, rewritten, truth, with_gradients
 from tests.spellings import SPELLINGS, Spelling
-from tests.standins import installed
+from tests.standins import PACKAGES, installed
 
 
 @pytest.fixture(autouse=True)
@@ -35,8 +35,6 @@ def band(lower: int | None, upper: int | None) -> AttentionSpec:
 def shapes(q_len: int = 256, kv_len: int = 256, head_dim: int = 64, dtype: torch.dtype = torch.bfloat16) -> Shapes:
     return Shapes(2, 8, 2, q_len, kv_len, head_dim, head_dim, dtype, True)
 
-
-VERSIONS = sorted(Flash.versions)
 
 # One spelling of each form: that all spellings are read as it, `test_spellings.py` shows.
 FORMS = [*{s.computes: s for s in SPELLINGS[::-1] if not s.random and s.computes and s.n_sites == 1}.values()]
@@ -77,7 +75,7 @@ def test_result_and_gradients(spelling: Spelling) -> None:
     assert_as_accurate(fused, eager, joined(truth(spelling.function, inputs) for inputs in draws))
 
 
-@pytest.mark.parametrize("kernel", VERSIONS)
+@pytest.mark.parametrize("kernel", PACKAGES)
 @pytest.mark.parametrize(("q_len", "kv_len"), [(256, 256), (64, 256), (1, 256)])
 @pytest.mark.parametrize("window", [None, 16])
 def test_every_version_is_taken_for_windows(kernel: str, q_len: int, kv_len: int, window: int | None) -> None:
@@ -102,7 +100,7 @@ def test_every_version_is_taken_for_windows(kernel: str, q_len: int, kv_len: int
         (AttentionSpec((Softcap(5.0), Scale(2.0))), shapes(), "sm_90", "after a softcap"),
     ],
 )
-@pytest.mark.parametrize("kernel", VERSIONS)
+@pytest.mark.parametrize("kernel", PACKAGES)
 def test_reasons(kernel: str, spec: AttentionSpec, at: Shapes, device: str, reason: str) -> None:
     assert reason in "; ".join(KERNELS[kernel].refusals(spec, at, Device.parse(device)))
 
@@ -234,18 +232,18 @@ def test_two_dropouts_are_two() -> None:
 
 
 @pytest.mark.parametrize("layout", ["heads first", "positions first"])
-@pytest.mark.parametrize("kernel", VERSIONS)
+@pytest.mark.parametrize("kernel", PACKAGES)
 def test_outputs_lie_in_memory_as_promised(kernel: str, layout: str) -> None:
     """Inductor takes the fake implementation at its word; flash-attention 2 lays its output out as its query."""
     q, k, v = (x.transpose(1, 2).contiguous() if layout == "positions first" else x.detach() for x in drawn())
-    options = (kernel, 0.25, 0.0, -1, 0, 0.0)
+    options = (None, [], [], kernel, kernel, 0.25, 0.0, -1, 0, 0.0, "None")
     utilities = "test_schema", "test_autograd_registration", "test_faketensor"
     torch.library.opcheck(flash_attention, (q, k, v, *options), test_utils=utilities)
     output, logsumexp, _ = flash_attention(q, k, v, *options)
     assert output.is_contiguous() and logsumexp.is_contiguous()
 
 
-@pytest.mark.parametrize("kernel", VERSIONS)
+@pytest.mark.parametrize("kernel", PACKAGES)
 def test_no_package_sees_a_stride_of_0(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     version = Flash.versions[kernel]
@@ -254,7 +252,7 @@ def test_no_package_sees_a_stride_of_0(kernel: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(version, "backward", lambda *args: seen.extend([args[0], *args[1][:3]]) or backward(*args))
     query, key, value = drawn()
     key, value = (x[:1].expand(4, -1, -1, -1) for x in (key, value))
-    flash_attention(query, key, value, kernel, 0.25, 0.0, -1, -1, 0.0)[0].sum().backward()
+    flash_attention(query, key, value, None, [], [], kernel, kernel, 0.25, 0.0, -1, -1, 0.0, "None")[0].sum().backward()
     assert len(seen) == 7 and not any(0 in x.stride() for x in seen)
 
 

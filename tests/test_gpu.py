@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -14,11 +15,12 @@ from torch._dynamo.exc import BackendCompilerFailed
 import attn_rewriter
 from attn_rewriter import KernelUnavailable
 from attn_rewriter.bench.masks import FORMS
-from attn_rewriter.kernels import KERNELS
-from attn_rewriter.kernels.flash import Flash, missing
+from attn_rewriter.kernels import KERNELS, PAIRS
+from attn_rewriter.kernels.flash import flash_attention, missing
 from tests.accuracy import assert_as_accurate
 from tests.running import DRAWS, Exact, double, joined, rewritten, truth, with_gradients
 from tests.spellings import SPELLINGS, Spelling
+from tests.standins import PACKAGES
 
 pytestmark = [
     pytest.mark.gpu,
@@ -136,7 +138,7 @@ WINDOWS = {
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", WINDOWS)
 @pytest.mark.parametrize("layout", ["heads first", "positions first"])
-@pytest.mark.parametrize("kernel", sorted(Flash.versions))
+@pytest.mark.parametrize("kernel", PACKAGES)
 def test_flash_attention(kernel: str, layout: str, name: str, dtype: torch.dtype, head_dim: int, kv_heads: int) -> None:
     """What the packages are declared to compute, they compute, gradients included."""
     if reason := missing(KERNELS[kernel].distribution, KERNELS[kernel].module, KERNELS[kernel].at_least):
@@ -157,6 +159,50 @@ def test_flash_attention(kernel: str, layout: str, name: str, dtype: torch.dtype
     fused = with_gradients(function, inputs)
     assert [site.kernel for site in report().sites] == [kernel]
     assert_as_accurate(fused, with_gradients(attention, inputs), truth(attention, inputs))
+
+
+@pytest.mark.parametrize("kv_heads", [8, 2])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["full", "causal", "cross"])
+@pytest.mark.parametrize("layout", ["heads first", "positions first", "packed"])
+@pytest.mark.parametrize("kernel", ["cudnn", "flash", *PAIRS])
+def test_mixed_passes(kernel: str, layout: str, name: str, dtype: torch.dtype, head_dim: int, kv_heads: int) -> None:
+    """PyTorch's own attention by name, and the passes of every two kernels: the logsumexp of one is that of another."""
+    q_len, upper = (200 if name == "cross" else 384), 0 if name == "causal" else None
+
+    def attention(q, k, v):
+        weights = _scores(q, k, None, upper).float().softmax(-1).to(q.dtype)
+        return (weights @ v.repeat_interleave(q.size(1) // v.size(1), dim=1)).transpose(1, 2)
+
+    torch.manual_seed(0)
+    inputs = []
+    for length, heads in ((q_len, 8), (384, kv_heads), (384, kv_heads)):
+        x = torch.randn(2, length, 3 if layout == "packed" else 1, heads, head_dim, dtype=dtype, device="cuda")
+        x = x[:, :, 0].transpose(1, 2)
+        inputs.append((x.contiguous() if layout == "heads first" else x).requires_grad_())
+    function, report = rewritten(attention, kernel=kernel)
+    try:
+        fused = with_gradients(function, inputs)
+    except Exception as error:
+        cause = getattr(error, "inner_exception", error)
+        if isinstance(cause, KernelUnavailable) and "not installed" in str(cause):
+            pytest.skip(str(cause))
+        raise
+    assert [site.kernel for site in report().sites] == [kernel]
+    assert_as_accurate(fused, with_gradients(attention, inputs), truth(attention, inputs))
+
+
+@pytest.mark.parametrize("kernel", ["cudnn", "flash", "fa4"])
+def test_logsumexp(kernel: str) -> None:
+    """Natural, of the scaled scores, one for each query."""
+    if reason := missing(KERNELS[kernel].distribution, KERNELS[kernel].module, KERNELS[kernel].at_least):
+        pytest.skip(reason)
+    q, k, v = (torch.randn(2, 256, 4, 64, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+    _, found, _ = flash_attention(q, k, v, None, [], [], kernel, kernel, 0.125, 0.0, -1, 0, 0.0, "None")
+    exact = _scores(q.transpose(1, 2).double(), k.transpose(1, 2).double(), None, 0).logsumexp(-1)
+    assert found.shape == exact.shape
+    torch.testing.assert_close(found.double(), exact, atol=1e-3, rtol=0)
 
 
 # Realistic sizes, so that cuDNN, flash and memory-efficient attention are taken, each with rows without any key.
@@ -216,9 +262,18 @@ def test_decode_reads_grouped_heads_without_copying_them() -> None:
     assert torch.cuda.max_memory_allocated() - before < k.numel() * k.element_size()
 
 
+COMBINATIONS = [["sdpa"], ["cudnn"], ["fa4/cudnn"], ["sdpa", "cudnn"], ["cudnn", "sdpa"]]
+
+
+@pytest.mark.parametrize("kernels", COMBINATIONS, ids=str)
+@pytest.mark.parametrize("layout", ["heads first", "positions first"])
 @pytest.mark.parametrize("compiler", ["eager", "inductor"])
-def test_gradients_in_two_layouts(compiler: str) -> None:
+def test_gradients_in_two_layouts(compiler: str, layout: str, kernels: list[str]) -> None:
     """PyTorch's cuDNN backward remembers the strides of the first gradient that it saw (see `kernels/sdpa.py`)."""
+    if "fa4/cudnn" in kernels and (reason := missing("flash-attn-4", "flash_attn.cute.interface", "4.0.0b30")):
+        pytest.skip(reason)
+    # Another size for each, as what is remembered outlives a test.
+    length = 256 + 8 * (COMBINATIONS.index(kernels) + 5 * (layout == "heads first") + 10 * (compiler == "eager"))
 
     def attention(q, k, v):
         return (q @ k.mT * 64**-0.5).softmax(-1) @ v
@@ -227,10 +282,12 @@ def test_gradients_in_two_layouts(compiler: str) -> None:
         return attention(q, k, v).transpose(1, 2).contiguous()
 
     def draw() -> torch.Tensor:
-        return torch.randn(2, 6, 256, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+        x = torch.randn(2, 6, length, 64, dtype=torch.bfloat16, device="cuda")
+        x = x.transpose(1, 2).contiguous().transpose(1, 2) if layout == "positions first" else x
+        return x.requires_grad_()
 
     inputs = [draw() for _ in range(3)]
-    for function in (attention, heads_last, attention):
-        fused, _ = rewritten(function, compiler=compiler)
+    for kernel, function in product(kernels, (attention, heads_last, attention)):
+        fused, _ = rewritten(function, compiler=compiler, kernel=kernel)
         eager, exact = with_gradients(function, inputs), truth(function, inputs)
         assert_as_accurate(with_gradients(fused, inputs), eager, exact)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attn_rewriter import AttentionSpec, Device
-from attn_rewriter.kernels import KERNELS
+from attn_rewriter.kernels import KERNELS, named
 from attn_rewriter.spec import Band, Bias, Clamp, Mask, Scale, ScaleBy, Shapes, Softcap, TensorMask
 from tests.accuracy import assert_as_accurate
 from tests.running import DRAWS, double, joined, together, with_gradients
@@ -54,9 +54,13 @@ SHAPES = {
     "grouped": Shapes(2, 4, 2, Q_LEN, KV_LEN, 64, 64, torch.bfloat16, True),
     "multi-query, head_dim 40": Shapes(2, 3, 1, Q_LEN, KV_LEN, 40, 40, torch.float16, True),
     "head_dim 24 and 48": Shapes(1, 2, 2, Q_LEN, KV_LEN, 24, 48, torch.bfloat16, True),
+    "as many queries": Shapes(2, 4, 2, KV_LEN, KV_LEN, 64, 64, torch.bfloat16, True),
     "one query": Shapes(2, 4, 2, 1, KV_LEN, 64, 64, torch.bfloat16, False),
     "inference": Shapes(2, 4, 2, Q_LEN, KV_LEN, 128, 128, torch.float16, False),
 }
+
+MIXED = ("cudnn/fa4", "fa4/cudnn", "flash/fa2", "fa3/flash")
+"""Each in both passes; all others are in `test_mixing.py`."""
 
 HERE = Device.current()
 DEVICES = [HERE] if HERE.type == "cuda" else [HERE, Device.parse("sm_90"), Device.parse("sm_80")]
@@ -67,11 +71,11 @@ def grid() -> list[Any]:
     with installed() if HERE.type == "cpu" else pytest.MonkeyPatch.context():
         return [
             pytest.param(kernel, form, shapes, device, id=f"{kernel}-{device}-{form}-{shapes}")
-            for kernel in KERNELS
+            for kernel in (*KERNELS, *MIXED)
             for device in DEVICES
             for form in FORMS
             for shapes in SHAPES
-            if not KERNELS[kernel].refusals(FORMS[form], SHAPES[shapes], device)
+            if not named(kernel).refusals(FORMS[form], SHAPES[shapes], device)
             if kernel != "reference" or device == HERE
         ]
 
@@ -80,7 +84,7 @@ GRID = grid()
 
 
 def test_every_kernel_takes_something() -> None:
-    assert HERE.type != "cpu" or {case.values[0] for case in GRID} == KERNELS.keys()
+    assert HERE.type != "cpu" or {case.values[0] for case in GRID} == {*KERNELS, *MIXED}
 
 
 @pytest.mark.parametrize(("kernel", "form", "shapes", "device"), GRID)
@@ -88,7 +92,7 @@ def test_what_is_declared_is_computed(kernel: str, form: str, shapes: str, devic
     spec, at = FORMS[form], SHAPES[shapes]
 
     def run(name: str, at: Shapes, inputs: list[Tensor]) -> list[Tensor | None]:
-        attention = KERNELS[name]
+        attention = named(name)
         output, gradients = with_gradients(lambda *given: attention(spec, at, device, dict(zip(NAMES, given))), inputs)
         return [output, together(gradients)]
 

@@ -32,7 +32,7 @@ from attn_rewriter.bench.measure import GIB, Cell, Results, peak_bytes_of, posit
 from attn_rewriter.choose import choose
 from attn_rewriter.device import Device
 from attn_rewriter.errors import KernelUnavailable, Refusal
-from attn_rewriter.kernels import KERNELS
+from attn_rewriter.kernels import named
 
 DIRECTIONS = ("forward", "backward")
 GROUPS = (1, 4)
@@ -115,7 +115,7 @@ def measure(case: Case, direction: str, kernel: str, device: str, dtype: torch.d
     inputs, gradient = case.inputs(device, dtype), case.gradient(device, dtype)
     training = direction == "backward"
     name = chosen(case, training, device, dtype) if kernel == "auto" else kernel
-    inductor = name == "eager" or KERNELS[name].needs_inductor
+    inductor = name == "eager" or named(name).needs_inductor
     function = run.rewritten(case.__call__, kernel, "inductor" if inductor else "eager")
 
     def forward() -> tuple[Tensor, ...]:

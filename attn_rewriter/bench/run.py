@@ -26,7 +26,7 @@ from attn_rewriter.bench.measure import (
     versions,
 )
 from attn_rewriter.errors import KernelUnavailable
-from attn_rewriter.kernels import KERNELS
+from attn_rewriter.kernels import KERNELS, named
 from attn_rewriter.packages import version
 
 NAMED = tuple(name for name in KERNELS if name != "reference")
@@ -90,7 +90,7 @@ def used(function: Callable[..., Any], kernel: str) -> Cell:
     if len(names) != 1 or None in names:
         raise KernelUnavailable("not fused: " + ("; ".join(map(str, report.sites)) or "no attention was found"))
     name = str(names.pop())
-    package = getattr(KERNELS[name], "distribution", None)
+    package = getattr(named(name), "distribution", None)
     return {"kernel": name} | ({"package": f"{package} {version(package)}"} if package else {})
 
 

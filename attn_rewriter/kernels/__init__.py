@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+from itertools import permutations, starmap
+
+from attn_rewriter.kernels.aten import CuDNN, TorchFlash
 from attn_rewriter.kernels.base import Kernel, Limits, Tensors
 from attn_rewriter.kernels.fa2 import FA2
 from attn_rewriter.kernels.fa3 import FA3
 from attn_rewriter.kernels.fa4 import FA4
+from attn_rewriter.kernels.flash import Flash
 from attn_rewriter.kernels.flex import Flex
+from attn_rewriter.kernels.paired import Paired
 from attn_rewriter.kernels.reference import Reference
 from attn_rewriter.kernels.sdpa import SDPA
 
-KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (SDPA(), FA4(), FA3(), FA2(), Flex(), Reference())}
+_FLASH: tuple[Flash, ...] = (FA4(), FA3(), FA2(), CuDNN(), TorchFlash())
 
-__all__ = ["KERNELS", "Kernel", "Limits", "Tensors"]
+KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (SDPA(), *_FLASH, Flex(), Reference())}
+
+PAIRS: dict[str, Paired] = {pair.name: pair for pair in starmap(Paired, permutations(_FLASH, 2))}
+"""Forward by one, backward by another: "cudnn/fa4"."""
+
+
+def named(name: str) -> Kernel:
+    """A kernel or a pair of two; `KeyError` for anything else."""
+    return PAIRS[name] if name in PAIRS else KERNELS[name]
+
+
+__all__ = ["KERNELS", "PAIRS", "Kernel", "Limits", "Paired", "Tensors", "named"]

@@ -66,7 +66,7 @@ class Kernel:
     of tensors, and takes sizes and types from `shapes`. Optional packages are imported in `attend` alone.
     """
 
-    name: ClassVar[str]
+    name: str
     limits: ClassVar[Limits] = Limits()
     needs_inductor: ClassVar[bool] = False
 

@@ -38,11 +38,11 @@ class FA2(Flash):
         return output, logsumexp, random
 
     @staticmethod
-    def backward(gradient: Tensor, kept: Kept, how: How) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(gradient: Tensor, kept: Kept, how: How) -> tuple[Tensor, ...]:
         from flash_attn.flash_attn_interface import _flash_attn_backward
 
         found = tuple(x.new_empty(x.shape) for x in kept[:3])
         numbers = how.dropout_p, how.scale, how.causal, *how.window, how.softcap
         deterministic = torch.are_deterministic_algorithms_enabled()
         _flash_attn_backward(gradient, *kept[:5], *found, *numbers, None, deterministic, kept.random)
-        return found  # type: ignore[return-value]
+        return found

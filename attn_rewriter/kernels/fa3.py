@@ -51,7 +51,7 @@ class FA3(Flash):
         return output, logsumexp, None
 
     @staticmethod
-    def backward(gradient: Tensor, kept: Kept, how: How) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(gradient: Tensor, kept: Kept, how: How) -> tuple[Tensor, ...]:
         from flash_attn_interface import _flash_attn_backward
 
         found = tuple(x.new_empty(x.shape) for x in kept[:3])
@@ -66,7 +66,7 @@ class FA3(Flash):
             deterministic=torch.are_deterministic_algorithms_enabled(),
             **_window(_flash_attn_backward, how),
         )
-        return found  # type: ignore[return-value]
+        return found
 
 
 def _window(function: Any, how: How) -> dict[str, Any]:

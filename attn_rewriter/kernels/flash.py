@@ -1,7 +1,8 @@
-"""What the flash-attention packages have in common: the forms that they compute, and one operator for all of them.
+"""What flash attention has in common, whoever computes it: its forms, and one operator for all of them.
 
-Their functions are called through a custom operator with a fake implementation and a backward pass of its own, so that
-every version goes through `torch.compile`, whatever its package registers.
+Packages are called through a custom operator with a fake implementation and a backward pass of its own, so that every
+version goes through `torch.compile`, whatever its package registers. It takes the names of two kernels, as the passes
+of two may be mixed.
 """
 
 from __future__ import annotations
@@ -131,7 +132,8 @@ class Flash(Kernel):
     versions: ClassVar[dict[str, type[Flash]]] = {}
 
     def __init_subclass__(cls) -> None:
-        cls.versions[cls.name] = cls
+        if "name" in vars(cls):
+            cls.versions[cls.name] = cls
 
     def refusals(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> list[str]:
         reasons = super().refusals(spec, shapes, device)
@@ -156,31 +158,7 @@ class Flash(Kernel):
         return [form.no_window]
 
     def attend(self, spec: AttentionSpec, shapes: Shapes, device: Device, tensors: Tensors) -> Tensor:
-        form = flash_form(spec, shapes)
-        assert not isinstance(form, str)
-        query, key, value = tensors["query"], tensors["key"], tensors["value"]
-        for query_scale in form.query_scales:
-            query = query_scale.apply(query, tensors)
-        scale = form.scale
-        if not scale > 0:  # kernels take the largest score before they multiply
-            query, scale = query * scale, 1.0
-        sinks = None
-        if spec.sinks is not None:
-            number = (
-                torch.full((1, 1, 1, 1), spec.sinks, device=query.device) if isinstance(spec.sinks, float) else None
-            )
-            sinks = (tensors[spec.sinks] if number is None else number).squeeze(-1)
-        blocks: list[Tensor] = []
-        masks: list[Tensor] = []
-        if form.mask is not None:
-            found = block_mask(form.mask, shapes, tensors)
-            blocks = [found[i] for i in range(len(TENSORS))]
-            masks = [tensors[name] for name in mask_names(form.mask)]
-        window = (-1 if side is None else side for side in (form.left, form.right))
-        numbers = (scale, form.softcap, *window, spec.dropout_p, repr(form.mask))
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        attention = flash_attention_with_dropout if spec.dropout_p else flash_attention
-        return attention(query, key, value, sinks, blocks, masks, self.name, *numbers)[0].transpose(1, 2)
+        return attend(self, self, spec, shapes, tensors)
 
     @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor, how: How) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -189,9 +167,37 @@ class Flash(Kernel):
         raise NotImplementedError
 
     @staticmethod
-    def backward(gradient: Tensor, kept: Kept, how: How) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(gradient: Tensor, kept: Kept, how: How) -> tuple[Tensor, ...]:
         """The gradients of query, key and value."""
         raise NotImplementedError
+
+
+def attend(forward: Flash, backward: Flash, spec: AttentionSpec, shapes: Shapes, tensors: Tensors) -> Tensor:
+    """A form that both kernels compute, each in its pass."""
+    form = flash_form(spec, shapes)
+    assert not isinstance(form, str)
+    query, key, value = tensors["query"], tensors["key"], tensors["value"]
+    for query_scale in form.query_scales:
+        query = query_scale.apply(query, tensors)
+    scale = form.scale
+    if not scale > 0:  # kernels take the largest score before they multiply
+        query, scale = query * scale, 1.0
+    sinks = None
+    if isinstance(spec.sinks, str):
+        sinks = tensors[spec.sinks].squeeze(-1)
+    elif spec.sinks is not None:
+        sinks = torch.full((1, 1, 1), spec.sinks, device=query.device)
+    blocks: list[Tensor] = []
+    masks: list[Tensor] = []
+    if form.mask is not None:
+        found = block_mask(form.mask, shapes, tensors)
+        blocks = [found[i] for i in range(len(TENSORS))]
+        masks = [tensors[name] for name in mask_names(form.mask)]
+    window = (-1 if side is None else side for side in (form.left, form.right))
+    options = (forward.name, backward.name, scale, form.softcap, *window, spec.dropout_p, repr(form.mask))
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    attention = flash_attention_with_dropout if spec.dropout_p else flash_attention
+    return attention(query, key, value, sinks, blocks, masks, *options)[0].transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -260,7 +266,8 @@ def _flash_attention(
     sinks: Tensor | None,
     blocks: Sequence[Tensor],
     masks: Sequence[Tensor],
-    kernel: str,
+    forward: str,
+    backward: str,
     scale: float,
     softcap: float,
     left: int,
@@ -270,7 +277,7 @@ def _flash_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     how = How.of(blocks, masks, scale, softcap, left, right, dropout_p, mask)
     query, key, value = map(_held, (query, key, value))
-    output, logsumexp, random = Flash.versions[kernel].forward(query, key, value, how)
+    output, logsumexp, random = Flash.versions[forward].forward(query, key, value, how)
     if sinks is not None:
         output, logsumexp = _with_sinks(output, logsumexp, sinks)
     # Contiguous, as the fake says: version 2 lays its output out as its query.
@@ -304,7 +311,7 @@ def _flash_attention_backward(
     random: Tensor,
     blocks: Sequence[Tensor],
     masks: Sequence[Tensor],
-    kernel: str,
+    backward: str,
     scale: float,
     softcap: float,
     left: int,
@@ -314,7 +321,8 @@ def _flash_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     how = How.of(blocks, masks, scale, softcap, left, right, dropout_p, mask)
     kept = Kept(_held(query), _held(key), _held(value), output, logsumexp, random)
-    return Flash.versions[kernel].backward(_held(gradient), kept, how)
+    found = Flash.versions[backward].backward(_held(gradient), kept, how)
+    return tuple(x.contiguous() for x in found)  # type: ignore[return-value]
 
 
 @_flash_attention_backward.register_fake
@@ -333,7 +341,7 @@ def _gradients(ctx: Any, gradient: Tensor, *others: None) -> tuple[Any, ...]:
     query, key, value, sinks, output, logsumexp, random, *rest = ctx.saved_tensors
     n_blocks, n_masks = ctx.counts
     kept = query, key, value, output, logsumexp, random
-    found = _flash_attention_backward(gradient, *kept, rest[:n_blocks], rest[n_blocks:], *ctx.options)
+    found = _flash_attention_backward(gradient, *kept, rest[:n_blocks], rest[n_blocks:], *ctx.options[1:])
     of_sinks = None
     if sinks is not None and ctx.needs_input_grad[3]:
         of_sinks = _gradient_of_sinks(gradient, output, logsumexp, sinks)
