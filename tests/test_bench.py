@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from attn_rewriter import Device
 from attn_rewriter import measured as measured_tables
-from attn_rewriter.bench import attention, decode, masks, run
+from attn_rewriter.bench import attention, decode, generate, masks, run
 from attn_rewriter.bench.measure import OUT_OF_MEMORY, Results, attempt, rich_table
 from attn_rewriter.cli import main
 from attn_rewriter.errors import KernelUnavailable
@@ -150,6 +150,28 @@ def test_the_file_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
         in capsys.readouterr().out
     )
     assert file.read_text() == before
+
+
+def test_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    file, picture = tmp_path / "generate.json", tmp_path / "generate.png"
+    command = ["bench", "generate", *TINY, "--compiler", "aot_eager", "--json", str(file)]
+    command += ["--columns", "batch 8, padded", "--rows", "sdpa", "rewritten", "optimized"]
+    assert main([*command, "--plot", str(picture)]) == 0
+    assert picture.stat().st_size > 10_000
+    measured = cells(file)["batch 8, padded"]
+    assert measured["rewritten"]["kernels"] == {"sdpa": 2}  # a new token; the prompt goes through the model as it is
+    assert measured["optimized"]["kernels"] == {"sdpa": 4}
+    assert all(generate.same(cell, measured["sdpa"]) == "100%" for cell in measured.values() if "kernels" in cell)
+    monkeypatch.setattr(run, "attempt", never)
+    capsys.readouterr()
+    assert main([*command, "--markdown"]) == 0
+    assert "| 4/4: sdpa 4 | 100% |" in capsys.readouterr().out
+
+
+def test_equal_tokens() -> None:
+    base = {"tokens": [[1, 2, 3, 4], [1, 2, 3, 4]]}
+    assert generate.same({"tokens": [[1, 2, 3, 4], [1, 0, 3, 4]]}, base) == "62%"
+    assert generate.same(base, base) == "–"
 
 
 def test_results(tmp_path: Path) -> None:
