@@ -36,7 +36,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor.utils import fresh_cache
 
 from attn_rewriter.api import report_of
 from attn_rewriter.bench import models, run
@@ -119,7 +118,7 @@ def measure(sizes: Sizes, column: str, row: str, device: str, dtype: torch.dtype
         return model.generate(**given, min_new_tokens=new, max_new_tokens=new)[:, sizes.prompt :]
 
     around: Any = patch(compiler=compiler) if how.rewrite and not how.in_place else contextlib.nullcontext()
-    with fresh_cache(), around:
+    with models.from_scratch(device, compiler), around:
         # The longer one first: its cache has room for the other, which then runs the same graphs.
         tokens, cell = time_step(partial(step, sizes.new), Tensor.tolist, repeat, patience=run.PATIENCE)
         _, prefill = time_step(partial(step, 1), lambda _: None, repeat, patience=run.PATIENCE)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import copy
 from collections import Counter
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._inductor.utils import fresh_cache
 
 from attn_rewriter.api import optimize
 from attn_rewriter.bench import run
@@ -75,6 +77,20 @@ def compile_in_place(model: nn.Module, rewrite: bool, compiler: str, **options: 
         optimize(model, compiler=compiler, dynamic=False, **options)
     else:
         model.compile(backend=compiler, dynamic=False, **options)
+
+
+def from_scratch(device: str, compiler: str) -> AbstractContextManager[None]:
+    """Empty caches, for the time of a compilation; in a process that has compiled before."""
+    warm_up(device, compiler)
+    return fresh_cache()
+
+
+@lru_cache
+def warm_up(device: str, compiler: str) -> None:
+    """Imports, compile workers and library handles, so that the first cell doesn't pay for them."""
+    square = torch.randn(256, 256, device=device, dtype=torch.bfloat16 if device == "cuda" else None)
+    with fresh_cache():
+        torch.compile(lambda x: (x @ x).relu() + x, backend=compiler)(square)
 
 
 def rewriting(report: Report) -> Cell:

@@ -163,6 +163,7 @@ def in_words(row: str, cell: Cell) -> str:
     words += [f"{cell['tflops']:.0f} TFLOP/s"] if "tflops" in cell else []
     words += [f"{cell['gib']:.2f} GiB"] if "gib" in cell else []
     words += [f"{cell['tokens_per_s']:.0f} tokens/s"] if "tokens_per_s" in cell else []
+    words += [f"off by {cell['off_by']:.1e}"] if "off_by" in cell else []
     words += [cell["kernel"]] if cell.get("kernel", row) != row else []
     words += [f"{cell['fused']} of {cell['sites']} sites fused"] if "sites" in cell else []
     return ", ".join(words)
