@@ -64,11 +64,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _add_benchmarks(bench: argparse.ArgumentParser) -> None:
-    from attn_rewriter.bench import attention, decode, masks  # which no other command needs
+    from attn_rewriter.bench import attention, decode, families, generate, llama, masks  # which no other command needs
 
     benchmarks = bench.add_subparsers(dest="benchmark", required=True)
-    for name, module in (("attention", attention), ("masks", masks), ("decode", decode)):
-        about = module.__doc__ or ""
+    for module in (attention, masks, decode, llama, families, generate):
+        name, about = module.__name__.rpartition(".")[2], module.__doc__ or ""
         parser = benchmarks.add_parser(
             name,
             help=about.partition(":")[0],

@@ -144,13 +144,3 @@ def results(title: str, sections: Mapping[str, Sequence[Measurement]]) -> Table:
             )
         table.add_section()
     return table
-
-
-def unchanged(model: nn.Module, compiler: str = "inductor") -> None:
-    """Compile a model in place as it is, with static shapes."""
-    model.compile(backend=compiler, dynamic=False)
-
-
-def rewritten(model: nn.Module, compiler: str = "inductor") -> None:
-    """Compile a model in place with its attention rewritten, with static shapes."""
-    attn_rewriter.optimize(model, compiler=compiler, dynamic=False)

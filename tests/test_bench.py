@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from attn_rewriter import Device
 from attn_rewriter import measured as measured_tables
-from attn_rewriter.bench import attention, decode, masks, run
+from attn_rewriter.bench import attention, decode, generate, llama, masks, run
 from attn_rewriter.bench.measure import OUT_OF_MEMORY, Results, attempt, rich_table
 from attn_rewriter.cli import main
 from attn_rewriter.errors import KernelUnavailable
@@ -151,6 +151,76 @@ def test_the_file_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
         in capsys.readouterr().out
     )
     assert file.read_text() == before
+
+
+def test_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    file, picture = tmp_path / "generate.json", tmp_path / "generate.png"
+    command = ["bench", "generate", *TINY, "--compiler", "aot_eager", "--json", str(file)]
+    command += ["--columns", "batch 8, padded", "--rows", "sdpa", "rewritten", "optimized"]
+    assert main([*command, "--plot", str(picture)]) == 0
+    assert picture.stat().st_size > 10_000
+    measured = cells(file)["batch 8, padded"]
+    assert measured["rewritten"]["kernels"] == {"sdpa": 2}  # a new token; the prompt goes through the model as it is
+    assert measured["optimized"]["kernels"] == {"sdpa": 4}
+    assert all(generate.same(cell, measured["sdpa"]) == "100%" for cell in measured.values() if "kernels" in cell)
+    monkeypatch.setattr(run, "attempt", never)
+    capsys.readouterr()
+    assert main([*command, "--markdown"]) == 0
+    assert "| 4/4: sdpa 4 | 100% |" in capsys.readouterr().out
+
+
+def test_llama(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    file, picture = tmp_path / "llama.json", tmp_path / "llama.png"
+    command = ["bench", "llama", *TINY, "--compiler", "aot_eager", "--json", str(file)]
+    command += ["--columns", "padded-4x64", "train-2x32", "decode-2x64"]
+    rows = "--rows", "sdpa", "flash_attention_2", "hand", "rewritten"
+    monkeypatch.setattr(llama, "version", lambda distribution: None)
+    assert main([*command, *rows, "--plot", str(picture)]) == 0
+    assert picture.stat().st_size > 10_000
+    for name, column in cells(file).items():
+        assert column["flash_attention_2"] == {"refused": "flash-attn is not installed"}
+        assert column["rewritten"]["fused"] == column["rewritten"]["sites"] == 2
+        assert float(llama.difference(column["rewritten"], column["sdpa"])) < 1e-5
+        assert column["hand"].get("refused") == ("takes no padding" if "padded" in name else None)
+    monkeypatch.setattr(llama, "measure", never)
+    capsys.readouterr()
+    assert main([*command, "--rows", "rewritten", "--markdown"]) == 0
+    assert "| padded-4x64 | 2/2: sdpa 2 |" in capsys.readouterr().out
+
+
+def test_families(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "families.json"
+    command = ["bench", "families", *TINY, "--compiler", "aot_eager", "--json", str(file), "--markdown"]
+    assert main([*command, "--families", "t5", "--columns", "forward"]) == 0
+    measured = cells(file)["t5 forward"]
+    assert measured["rewritten"]["fused"] == measured["rewritten"]["sites"] == 6
+    assert max(cell["off_by"] for cell in measured.values()) < 1e-5
+    assert "| 6/6: sdpa 6 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("llama", "| rewritten / by hand | 0.998 ×, 1.000 × | 1.002 ×, 1.000 × |"),
+        ("families", "| rewritten | 17.96 (2.93×) | 0.66 | 3.2e-02 |"),
+    ],
+)
+def test_the_models_of_the_readme(
+    name: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shown also where there is no transformers, which is only missed when something is measured."""
+    monkeypatch.setattr(run.importlib.util, "find_spec", lambda package: None)
+    file = Path(__file__).parent.parent / "examples" / f"{name}_h200.json"
+    assert main(["bench", name, "--json", str(file), "--limit-s", "0", "--markdown"]) == 0
+    assert line in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"a model needs transformers: pip install 'attn-rewriter\[bench\]'"):
+        main(["bench", name, *TINY, "--json", str(tmp_path / "file.json")])
+
+
+def test_equal_tokens() -> None:
+    base = {"tokens": [[1, 2, 3, 4], [1, 2, 3, 4]]}
+    assert generate.same({"tokens": [[1, 2, 3, 4], [1, 0, 3, 4]]}, base) == "62%"
+    assert generate.same(base, base) == "–"
 
 
 def test_results(tmp_path: Path) -> None:

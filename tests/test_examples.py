@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -45,13 +44,3 @@ def test_finetune(tmp_path: Path) -> None:
     said = run("finetune.py", "--steps", "3", "--seq-len", "64", "--plot", str(tmp_path / "loss.png"))
     assert "rewritten" in said
     assert (tmp_path / "loss.png").stat().st_size > 10_000
-
-
-def test_benchmark_families(tmp_path: Path) -> None:
-    file = tmp_path / "families.json"
-    tiny = "--device", "cpu", "--tiny", "--compiler", "aot_eager", "--repeat", "1", "--json", str(file), "--markdown"
-    said = run("benchmark_families.py", *tiny, "--families", "t5", "--columns", "forward")
-    cells = json.loads(file.read_text())["cells"]["t5 forward"]
-    assert cells["rewritten"]["fused"] == cells["rewritten"]["sites"] == 6
-    assert max(cell["off_by"] for cell in cells.values()) < 1e-5
-    assert "| 6/6: sdpa 6 |" in said.splitlines()[-2]

@@ -327,7 +327,8 @@ def plot(results: Results, cases: list[Case], kernels: list[str], path: Path) ->
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
-    run.add_arguments(parser, [*run.NAMED, "auto"])
+    run.add_arguments(parser)
+    run.add_kernels(parser, [*run.NAMED, "auto"])
     parser.add_argument("--head-dims", nargs="+", type=positive, metavar="N", help=f"{FULL.head_dims}")
     parser.add_argument("--lengths", nargs="+", type=positive, metavar="N", help=f"{FULL.lengths}")
     run.add_plot(parser, "draw TFLOP/s over the length")

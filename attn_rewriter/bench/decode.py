@@ -156,7 +156,8 @@ def plot(results: Results, sizes: Sizes, kernels: list[str], path: Path) -> None
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
-    run.add_arguments(parser, ["eager", *run.NAMED, "auto"])
+    run.add_arguments(parser)
+    run.add_kernels(parser, ["eager", *run.NAMED, "auto"])
     run.add_plot(parser, "draw milliseconds over what is filled")
 
 
@@ -175,8 +176,7 @@ def main(options: argparse.Namespace) -> int:
         for mask, kernel, filled in product(MASKS, options.kernels, sizes.filled)
     ]
     results = Results(options.json)
-    unusual = {"tiny": True} if options.tiny else {}
-    run.fill(results, tasks, lambda: {**run.setup(options), **unusual}, options.limit_s)
+    run.fill(results, tasks, lambda: run.setup(options) | run.unusual(options), options.limit_s)
     table = ("A decode step against a static cache", ["", *options.kernels], [*rows(results, sizes, options.kernels)])
     top = results.get(CEILING, "clone").get("gb_s")
     run.show(results, [table], [f"{CEILING}: {top:.0f} GB/s"] if top else [], options.markdown)

@@ -247,10 +247,10 @@ def milliseconds(cell: Cell, least: float) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
-    run.add_arguments(parser, ["eager", *run.NAMED, "auto"])
-    names = ", ".join(map(repr, FORMS))
-    parser.add_argument("--forms", nargs="+", choices=FORMS, default=[*FORMS], metavar="FORM", help=names)
-    parser.add_argument("--compiler", default="inductor", help="a torch.compile backend (default: %(default)s)")
+    run.add_arguments(parser)
+    run.add_kernels(parser, ["eager", *run.NAMED, "auto"])
+    run.add_choice(parser, "--forms", FORMS)
+    run.add_compiler(parser)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -262,16 +262,8 @@ def main(options: argparse.Namespace) -> int:
         for (name, form), direction, kernel in product(forms.items(), DIRECTIONS, options.kernels)
     ]
     results = Results(options.json)
-    run.fill(results, tasks, lambda: setup(options), options.limit_s)
+    run.fill(results, tasks, lambda: run.setup(options) | run.unusual(options), options.limit_s)
     header = ["", *options.kernels]
     title = "Attention by form: milliseconds forward, milliseconds of a training step, GiB of a training step"
     run.show(results, [(title, header, [*rows(results, forms, options.kernels)])], [], options.markdown)
     return int(results.failures() > 0)
-
-
-def setup(options: argparse.Namespace) -> dict[str, Any]:
-    """What the figures depend on, in the file; what is only for trying it out is named where it is not the default."""
-    unusual = {"tiny": True} if options.tiny else {}
-    if options.compiler != "inductor":
-        unusual["compiler"] = options.compiler
-    return {**run.setup(options), **unusual}

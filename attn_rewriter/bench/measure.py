@@ -58,18 +58,22 @@ def time_step(
 ) -> tuple[Seen, Cell]:
     """What `look` sees in the first answer, and a cell: the median time of `repeat` readings after the first three
     steps, or of as many (at least three) as begin within `patience` seconds; the time of the first step beyond that;
-    and, on CUDA, the peak of the memory over what was allocated before.
+    and, on CUDA, the peak of the memory over what was allocated before: of these readings, and of the steps before
+    them, which compile, and record CUDA graphs, whose memory is not allocated again.
 
     A reading is one step, launching it included; or as many as take `reading_ms` together, without their launching.
     """
     cuda = torch.cuda.is_initialized()
     before = torch.cuda.memory_allocated() if cuda else 0
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     seen = look(step())
     synchronize()
     first = time.perf_counter() - start
     warm = min(milliseconds(step) for _ in range(2))
     calls = max(1, math.ceil(reading_ms / max(warm, 1e-3)))
+    peak_at_first = torch.cuda.max_memory_allocated() if cuda else 0
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     times: list[float] = []
@@ -78,7 +82,10 @@ def time_step(
     ms = statistics.median(times)
     cell = {"ms": ms, "times": times, "compile_s": first - ms / 1e3}
     if cuda:
-        cell["gib"] = (torch.cuda.max_memory_allocated() - before) / GIB
+        cell |= {
+            "gib": (torch.cuda.max_memory_allocated() - before) / GIB,
+            "gib_at_first": (peak_at_first - before) / GIB,
+        }
     return seen, cell
 
 

@@ -1,11 +1,11 @@
-"""What both benchmarks do: options, the loop over cells, and what is shown in the end."""
+"""What all benchmarks do: options, the loop over cells, and what is shown in the end."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,8 @@ Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]
 """Title, header, rows."""
 
 
-def add_arguments(parser: argparse.ArgumentParser, kernels: Sequence[str]) -> None:
-    """The options of both benchmarks; `kernels` are measured where none are named."""
-    choices = ("eager", *NAMED, "auto")
-    parser.add_argument("--kernels", nargs="+", choices=choices, default=list(kernels), help=", ".join(choices))
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of all benchmarks."""
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes without meaning, to try it without a GPU")
@@ -53,6 +51,25 @@ def add_arguments(parser: argparse.ArgumentParser, kernels: Sequence[str]) -> No
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown too")
 
 
+def add_kernels(parser: argparse.ArgumentParser, kernels: Sequence[str]) -> None:
+    """The option of those that compare kernels; `kernels` are measured where none are named."""
+    add_choice(parser, "--kernels", ("eager", *NAMED, "auto"), kernels)
+
+
+def add_choice(
+    parser: argparse.ArgumentParser, flag: str, choices: Iterable[str], default: Iterable[str] | None = None
+) -> None:
+    """An option that takes several of these names, all of them by default."""
+    names = [*choices]
+    given = names if default is None else [*default]
+    parser.add_argument(flag, nargs="+", choices=names, default=given, metavar="NAME", help=", ".join(names))
+
+
+def add_compiler(parser: argparse.ArgumentParser) -> None:
+    """The option of those that can do without Inductor, to try them out."""
+    parser.add_argument("--compiler", default="inductor", help="a torch.compile backend (default: %(default)s)")
+
+
 def add_plot(parser: argparse.ArgumentParser, help: str) -> None:
     """The option of those that draw."""
     parser.add_argument("--plot", type=Path, metavar="PNG", help=help)
@@ -60,8 +77,14 @@ def add_plot(parser: argparse.ArgumentParser, help: str) -> None:
 
 def check_plot(options: argparse.Namespace) -> None:
     """Before anything is measured: whether it can be drawn."""
-    if options.plot and importlib.util.find_spec("matplotlib") is None:
-        raise SystemExit("--plot needs matplotlib: pip install 'attn-rewriter[bench]'")
+    if options.plot:
+        require("matplotlib", "--plot")
+
+
+def require(package: str, what: str) -> None:
+    """End with a line where a package of the extra is missing."""
+    if importlib.util.find_spec(package) is None:
+        raise SystemExit(f"{what} needs {package}: pip install 'attn-rewriter[bench]'")
 
 
 def setup(options: argparse.Namespace) -> dict[str, Any]:
@@ -69,6 +92,13 @@ def setup(options: argparse.Namespace) -> dict[str, Any]:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("there is no CUDA device: use --device cpu with --tiny, or --limit-s 0 to show a file")
     return {**versions(options.device), "dtype": options.dtype}
+
+
+def unusual(options: argparse.Namespace) -> dict[str, Any]:
+    """What is only for trying it out, where it is not the default."""
+    given = {"tiny": True} if options.tiny else {}
+    compiler = getattr(options, "compiler", "inductor")
+    return given | ({"compiler": compiler} if compiler != "inductor" else {})
 
 
 def rewritten(function: Callable[..., Any], kernel: str, compiler: str) -> Callable[..., Any]:
@@ -120,6 +150,8 @@ def fill(results: Results, tasks: Sequence[Task], setup: Callable[[], dict[str, 
             cell = attempt(task.measure)
             results.put(task.column, task.row, cell)
             console.print(f"{task.column}: {in_words(task.row, cell)}", markup=False, highlight=False, soft_wrap=True)
+            if "report" in cell:
+                console.print(cell["report"], markup=False)
             progress.advance(bar)
 
 
@@ -130,7 +162,10 @@ def in_words(row: str, cell: Cell) -> str:
     words = [f"{row} {cell['ms']:.3f} ms"]
     words += [f"{cell['tflops']:.0f} TFLOP/s"] if "tflops" in cell else []
     words += [f"{cell['gib']:.2f} GiB"] if "gib" in cell else []
+    words += [f"{cell['tokens_per_s']:.0f} tokens/s"] if "tokens_per_s" in cell else []
+    words += [f"off by {cell['off_by']:.1e}"] if "off_by" in cell else []
     words += [cell["kernel"]] if cell.get("kernel", row) != row else []
+    words += [f"{cell['fused']} of {cell['sites']} sites fused"] if "sites" in cell else []
     return ", ".join(words)
 
 

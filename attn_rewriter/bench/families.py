@@ -1,4 +1,4 @@
-"""Twelve architectures on one GPU, eager under Inductor against the same eager models rewritten.
+"""Twelve architectures, four layers each: eager under Inductor against the same eager models rewritten.
 
 All of them have attention that a plain scaled_dot_product_attention can't compute, or had none but eager code for
 years: sinks, softcaps, sliding windows, ALiBi, relative positions. The sizes are those of a published checkpoint, with
@@ -16,13 +16,11 @@ the same type, over that of its answer: of the output, or of all gradients toget
 noise of the type; that of the row "rewritten" is larger where the model rounds and a fused kernel does not (BLOOM adds
 its ALiBi in bfloat16).
 
-    python examples/benchmark_families.py --json families.json --markdown
+    python -m attn_rewriter bench families --json families.json --markdown
 
 Each family runs in a process of its own: one that crashes or hangs costs a cell, which then says so. With --json every
 cell is written as soon as it is measured, and cells in the file are not measured again: after an interruption run the
-same command again. Without a GPU, at a tiny size and in float32, to see that everything works (no figures to quote):
-
-    python examples/benchmark_families.py --device cpu --tiny --families t5 --columns forward
+same command again.
 """
 
 from __future__ import annotations
@@ -30,34 +28,21 @@ from __future__ import annotations
 import argparse
 import math
 import multiprocessing
-import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
-import transformers
-from _common import rewritten, unchanged
 from torch import Tensor, nn
 
-import attn_rewriter
-from attn_rewriter.bench.measure import (
-    Cell,
-    Results,
-    attempt,
-    console,
-    markdown_table,
-    positive,
-    rich_table,
-    time_step,
-    versions,
-)
-from attn_rewriter.progress import working
+from attn_rewriter.api import report_of
+from attn_rewriter.bench import models, run
+from attn_rewriter.bench.measure import Cell, Results, attempt, time_step
 
 VOCABULARY = 1024
-PATIENCE = 2.0  # seconds of timed steps in a cell
 LIMIT = 300.0  # seconds for a cell, its compilation included
 
 
@@ -66,13 +51,10 @@ class Setup:
     """What all cells have in common."""
 
     device: str
+    dtype: torch.dtype
     tiny: bool
     compiler: str
     repeat: int
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32 if self.tiny else torch.bfloat16
 
 
 # ----------------------------------------------------------------------------------------- families
@@ -266,6 +248,8 @@ FAMILIES = {
 
 def build(name: str, how: Setup) -> tuple[nn.Module, dict[str, Tensor]]:
     """A model with random weights and inputs for it, made where they will be used; the same every time."""
+    import transformers
+
     torch.manual_seed(0)
     family = FAMILIES[name]
     auto = getattr(transformers, f"AutoModelFor{family.auto}")
@@ -316,7 +300,7 @@ def training(model: nn.Module, given: dict[str, Tensor]) -> Step:
     return step
 
 
-ROWS = {"eager": unchanged, "rewritten": rewritten}
+ROWS = ("eager", "rewritten")
 COLUMNS = {"forward": forward, "training": training}
 
 
@@ -326,14 +310,9 @@ def measure(name: str, column: str, row: str, how: Setup) -> Cell:
     step = COLUMNS[column](model, given)
     truth = answer_or_none(step)
     model.zero_grad(set_to_none=True)
-    ROWS[row](model, how.compiler)
-    off, cell = time_step(step, lambda answer: differences(answer, truth), how.repeat, patience=PATIENCE)
-    cell |= off
-    if row == "rewritten":
-        report = attn_rewriter.report_of(model)
-        kernels = Counter(site.kernel for site in report.sites if site.kernel)
-        cell |= {"sites": report.n_sites, "fused": report.n_fused, "kernels": dict(kernels), "report": str(report)}
-    return cell
+    models.compile_in_place(model, row == "rewritten", how.compiler)
+    off, cell = time_step(step, lambda answer: differences(answer, truth), how.repeat, patience=run.PATIENCE)
+    return cell | off | (models.rewriting(report_of(model)) if row == "rewritten" else {})
 
 
 def answer_or_none(step: Step) -> dict[str, Tensor] | None:
@@ -393,6 +372,8 @@ class Worker:
 
 def serve(connection: Any) -> None:
     """A worker's side: answer tasks until the other end is closed."""
+    import transformers  # noqa: F401
+
     try:
         while True:
             connection.send(attempt(measure, *connection.recv()))
@@ -400,23 +381,40 @@ def serve(connection: Any) -> None:
         pass
 
 
-def measured(tasks: list[tuple[str, str, str]], how: Setup) -> Iterator[tuple[tuple[str, str, str], Cell]]:
-    """Each task with its cell. A worker serves one family, or less if a cell fails; the next one imports meanwhile."""
-    workers = [Worker()] if tasks else []
-    try:
-        for i, task in enumerate(tasks):
-            if len(workers) == 1 and any(later[0] != task[0] for later in tasks[i:]):
-                workers.append(Worker())
-            with working(" ".join(task)):
-                cell = workers[0].measure(*task, how)
-            yield task, cell
-            others = tasks[i + 1 :]
-            if others and ("failed" in cell or others[0][0] != task[0]):
-                workers.pop(0).close()
-                workers = workers or [Worker()]
-    finally:
-        for worker in workers:
-            worker.close()
+class Workers:
+    """A worker for each family, or for less if a cell fails; the next one imports meanwhile."""
+
+    def __init__(self, families: Sequence[str]) -> None:
+        self.last = families[-1]
+        self.family = ""
+        self.busy: Worker | None = None
+        self.next: Worker | None = None
+
+    def measure(self, family: str, *task: object) -> Cell:
+        """The cell, or why there is none. All of a family's cells come one after another."""
+        if family != self.family:
+            self.retire()
+        self.busy, self.family = self.busy or self.next or Worker(), family
+        if self.busy is self.next:
+            self.next = None
+        if self.next is None and family != self.last:
+            self.next = Worker()
+        cell = self.busy.measure(family, *task)
+        if "failed" in cell:
+            self.retire()
+        return cell
+
+    def retire(self) -> None:
+        """End the worker that is measuring."""
+        if self.busy:
+            self.busy.close()
+        self.busy = None
+
+    def close(self) -> None:
+        """End all."""
+        self.retire()
+        if self.next:
+            self.next.close()
 
 
 # ------------------------------------------------------------------------------------------- tables
@@ -425,7 +423,7 @@ def measured(tasks: list[tuple[str, str, str]], how: Setup) -> Iterator[tuple[tu
 def milliseconds(cell: Cell, base: Cell) -> str:
     """The time, with the speed-up over another cell; or why there is none."""
     if "ms" not in cell:
-        return cell.get("failed", "–").split(":")[0]
+        return run.why_not(cell) or "–"
     faster = f" ({base['ms'] / cell['ms']:.2f}×)" if "ms" in base and base is not cell else ""
     return f"{cell['ms']:.2f}{faster}"
 
@@ -440,17 +438,7 @@ def off_by(cell: Cell) -> str:
     return f"{cell['off_by']:.1e}" if "off_by" in cell else "–"
 
 
-def sites(cells: list[Cell]) -> str:
-    """As in "4/4: flex 2, sdpa 2"; once where the columns agree."""
-    texts = []
-    for cell in cells:
-        if "sites" in cell:
-            kernels = ", ".join(f"{name} {count}" for name, count in sorted(cell["kernels"].items()))
-            texts.append(f"{cell['fused']}/{cell['sites']}" + (f": {kernels}" if kernels else ""))
-    return "\n".join(dict.fromkeys(texts))
-
-
-def table(results: Results) -> tuple[str, list[str], list[list[str]]]:
+def table(results: Results) -> run.Table:
     """Title, header and rows: two rows a family."""
     columns = [column for column in COLUMNS if any(key.endswith(" " + column) for key in results.data["cells"])]
     header = ["", "", *(f"{column} {what}" for column in columns for what in ("ms", "GiB", "off by")), "fused sites"]
@@ -460,61 +448,36 @@ def table(results: Results) -> tuple[str, list[str], list[list[str]]]:
             cells = [results.get(f"{name} {column}", row) for column in columns]
             bases = [results.get(f"{name} {column}", "eager") for column in columns]
             figures = [(milliseconds(c, base), gibibytes(c), off_by(c)) for c, base in zip(cells, bases, strict=True)]
+            fused = dict.fromkeys(text for text in map(models.sites, cells) if text)  # once where the columns agree
             if any(cells):
                 title = f"{name}\n{family.like}\n{'×'.join(map(str, family.size))}"
                 first = name if results.data["setup"]["tiny"] else title
-                rows.append([first if row == "eager" else name, row, *sum(figures, ()), sites(cells)])
+                rows.append([first if row == "eager" else name, row, *sum(figures, ()), "\n".join(fused)])
     return "Eager attention, as it is and rewritten, both compiled", header, rows
 
 
-def show(results: Results, markdown: bool) -> None:
-    """All that the file holds; the Markdown last."""
-    header = ", ".join(f"{key} {value}" for key, value in (results.data["setup"] or {}).items())
-    title, columns, rows = table(results)
-    console.print(header, markup=False, soft_wrap=True)
-    console.print(rich_table(title, columns, rows))
-    if markdown:
-        commands = dict.fromkeys(results.data["commands"])
-        print("", header, *(f"`{command}`" for command in commands), sep="\n\n")
-        print(f"\n{markdown_table(title, columns, rows)}")
+# ------------------------------------------------------------------------------------------ command
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), metavar="NAME")
-    parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=list(COLUMNS))
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes in float32, to try it without a GPU")
-    parser.add_argument("--compiler", default="inductor", help="a torch.compile backend (default: %(default)s)")
-    parser.add_argument("--repeat", type=positive, default=20, help=f"timed steps of a cell, within {PATIENCE:.0f} s")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="written after every cell; its cells are kept")
-    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown too")
-    return parser.parse_args()
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this benchmark."""
+    run.add_arguments(parser)
+    run.add_choice(parser, "--families", FAMILIES)
+    run.add_choice(parser, "--columns", COLUMNS)
+    run.add_choice(parser, "--rows", ROWS)
+    run.add_compiler(parser)
 
 
-def main() -> int:
-    args = parse_args()
-    how = Setup(args.device, args.tiny, args.compiler, args.repeat)
-    results = Results(args.json)
-    tasks = [(name, column, row) for name in args.families for column in args.columns for row in args.rows]
-    tasks = [(name, column, row) for name, column, row in tasks if not results.has(f"{name} {column}", row)]
-    if tasks:
-        dtype = str(how.dtype).removeprefix("torch.")
-        results.begin({**versions(args.device), "dtype": dtype, "tiny": args.tiny, "compiler": args.compiler})
-    for (name, column, row), cell in measured(tasks, how):
-        results.put(f"{name} {column}", row, cell)
-        figures = f"{cell['ms']:.2f} ms, {gibibytes(cell)} GiB" if "ms" in cell else cell["failed"]
-        console.print(
-            f"{name:10} {column:8} {row:9} {figures}, off by {off_by(cell)}  {sites([cell])}",
-            markup=False,
-            soft_wrap=True,
-        )
-        if cell.get("fused", 0) < cell.get("sites", 0):
-            console.print(cell["report"], markup=False)
-    show(results, args.markdown)
+def main(options: argparse.Namespace) -> int:
+    """Measure, and show what there is."""
+    how = Setup(options.device, getattr(torch, options.dtype), options.tiny, options.compiler, options.repeat)
+    common = {"tiny": options.tiny, "compiler": options.compiler}
+    results = Results(options.json)
+    with closing(Workers(options.families)) as workers:
+        tasks = [
+            run.Task(f"{family} {column}", row, partial(workers.measure, family, column, row, how))
+            for family, column, row in product(options.families, options.columns, options.rows)
+        ]
+        run.fill(results, tasks, lambda: models.setup(options) | common, options.limit_s)
+    run.show(results, [table(results)] if results.data["cells"] else [], [], options.markdown)
     return int(results.failures() > 0)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
