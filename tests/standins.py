@@ -1,5 +1,6 @@
 """Stand-ins for the flash-attention packages: the functions that are called, with their published signatures, in plain
-PyTorch. They show what each is asked for; that the packages compute it is for `test_gpu.py`."""
+PyTorch. They show what each is asked for; that the packages compute it is for `test_gpu.py`. And what it takes to have
+Triton's interpreter run a kernel of our own."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from attn_rewriter.kernels import split_keys
 from attn_rewriter.kernels.flash import missing
 
 VERSIONS = {"flash-attn": "2.8.3.post2", "flash-attn-3": "3.0.0b1", "flash-attn-4": "4.0.0b36"}
@@ -181,6 +183,16 @@ def _version_4() -> dict[str, Any]:
     return {"_flash_attn_fwd": _flash_attn_fwd, "_flash_attn_bwd": _flash_attn_bwd}
 
 
+def _interpreted(query: Tensor, key: Tensor, value: Tensor, keep: Any, biases: Any, *rest: Any) -> Tensor:
+    """`split_keys.decode` in float32 for bfloat16: the interpreter multiplies the bits of these as whole numbers."""
+    if query.dtype != torch.bfloat16:
+        return _DECODE(query, key, value, keep, biases, *rest)
+    return _DECODE(query.float(), key.float(), value.float(), keep, biases, *rest).to(query.dtype)
+
+
+_DECODE = split_keys.decode
+
+
 def _module(name: str, functions: dict[str, Any]) -> dict[str, ModuleType]:
     module = ModuleType(name)
     module.__dict__.update(functions)
@@ -213,5 +225,6 @@ def installed(*, newer: bool = False, **versions: str | None) -> Iterator[None]:
         for name, module in modules.items():
             patch.setitem(sys.modules, name, module)
         patch.setattr(metadata, "version", version)
+        patch.setattr(split_keys, "decode", _interpreted)
         yield
     missing.cache_clear()
