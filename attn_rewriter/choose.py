@@ -12,12 +12,15 @@ from attn_rewriter.device import Device
 from attn_rewriter.errors import KernelUnavailable, Refusal
 from attn_rewriter.kernels import KERNELS, Kernel
 from attn_rewriter.measured import ranking
-from attn_rewriter.spec import EVERY_KEY, AttentionSpec, Shapes
+from attn_rewriter.spec import EVERY_KEY, AttentionSpec, Shapes, at_most
 
 Request = Union[str, Sequence[str]]
 
 FEW_QUERIES, SHORT = 127, 512
 """Less than a block of FlexAttention, and a few of them."""
+
+MANY_KEYS = 8
+"""So many for each query are worth splitting."""
 
 FLASH = ("fa4", "fa3", "fa2")
 
@@ -37,6 +40,7 @@ def order(spec: AttentionSpec, shapes: Shapes, device: Device) -> tuple[str, ...
     where nothing was. SDPA's kernels read any other mask or bias whole, where FlexAttention leaves out what is masked;
     for a few queries there is nothing to leave out, and up to a few blocks of keys and no bias it takes longer to find
     out what (`python -m attn_rewriter bench masks`). In float32 its backward pass has tiles of 16, whatever the card.
+    For few queries against many keys, whatever is masked is left out by the kernel for decoding, which comes first.
     """
     if device.platform != "cuda":
         return _in_order("sdpa", "flex")
@@ -45,7 +49,8 @@ def order(spec: AttentionSpec, shapes: Shapes, device: Device) -> tuple[str, ...
         causal = spec.keep.within(shapes.q_len, shapes.kv_len) != EVERY_KEY
         return _in_order(*(() if few else ranking(shapes, causal, device)), "sdpa")
     if few:
-        return _in_order("sdpa", "flex")
+        many_keys = not at_most(shapes.kv_len, MANY_KEYS * shapes.q_len)
+        return _in_order(*(("decode",) if many_keys else ()), "sdpa", "flex")
     form = spec.affine()
     unbiased = not isinstance(form, str) and not form.biases and spec.sinks is None
     short = unbiased and isinstance(shapes.q_len, int) and shapes.q_len <= SHORT

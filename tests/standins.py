@@ -7,7 +7,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata
+from importlib import metadata, util
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from attn_rewriter.kernels import split_keys
 from attn_rewriter.kernels.flash import missing
 
 VERSIONS = {"flash-attn": "2.8.3.post2", "flash-attn-3": "3.0.0b1", "flash-attn-4": "4.0.0b36"}
@@ -183,14 +182,15 @@ def _version_4() -> dict[str, Any]:
     return {"_flash_attn_fwd": _flash_attn_fwd, "_flash_attn_bwd": _flash_attn_bwd}
 
 
-def _interpreted(query: Tensor, key: Tensor, value: Tensor, keep: Any, biases: Any, *rest: Any) -> Tensor:
-    """`split_keys.decode` in float32 for bfloat16: the interpreter multiplies the bits of these as whole numbers."""
-    if query.dtype != torch.bfloat16:
-        return _DECODE(query, key, value, keep, biases, *rest)
-    return _DECODE(query.float(), key.float(), value.float(), keep, biases, *rest).to(query.dtype)
+def _interpreted(decode: Any) -> Any:
+    """`split_keys.decode` in float32 for bfloat16: Triton's interpreter multiplies the bits of these as integers."""
 
+    def widened(query: Any, key: Any, value: Any, *rest: Any) -> Any:
+        if not isinstance(query, Tensor) or query.dtype != torch.bfloat16:
+            return decode(query, key, value, *rest)
+        return decode(query.float(), key.float(), value.float(), *rest).to(query.dtype)
 
-_DECODE = split_keys.decode
+    return widened
 
 
 def _module(name: str, functions: dict[str, Any]) -> dict[str, ModuleType]:
@@ -225,6 +225,9 @@ def installed(*, newer: bool = False, **versions: str | None) -> Iterator[None]:
         for name, module in modules.items():
             patch.setitem(sys.modules, name, module)
         patch.setattr(metadata, "version", version)
-        patch.setattr(split_keys, "decode", _interpreted)
+        if util.find_spec("triton") is not None and not torch.cuda.is_available():
+            from attn_rewriter.kernels import split_keys
+
+            patch.setattr(split_keys, "decode", _interpreted(split_keys.decode))
         yield
     missing.cache_clear()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
+from importlib import util
 
 import torch
 
@@ -31,17 +31,18 @@ class DecodeForm:
 
 def decode_form(modifiers: Sequence[Modifier]) -> DecodeForm | str:
     """The modifiers as a `DecodeForm`, or the reason why they are none."""
-    caps = [i for i, modifier in enumerate(modifiers) if isinstance(modifier, Softcap)]
-    at = caps[0] if caps else len(modifiers)
+    cap = next((modifier for modifier in modifiers if isinstance(modifier, Softcap)), None)
+    at = len(modifiers) if cap is None else modifiers.index(cap)
     before, after = (AttentionSpec(tuple(part)).affine() for part in (modifiers[:at], modifiers[at + 1 :]))
-    for form in (before, after):
-        if isinstance(form, str):
-            return form
-    if not caps:
+    if isinstance(before, str):
+        return before
+    if isinstance(after, str):
+        return after
+    if cap is None:
         return DecodeForm(before.scale, before.query_scales, 0.0, 1.0, before.biases)
     if before.biases or after.query_scales:
         return "adds biases after a softcap, and scales by tensors before it"
-    return DecodeForm(before.scale, before.query_scales, modifiers[at].cap, after.scale, after.biases)
+    return DecodeForm(before.scale, before.query_scales, cap.cap, after.scale, after.biases)
 
 
 class Decode(Kernel):
@@ -73,7 +74,7 @@ class Decode(Kernel):
             reasons.append("has no backward pass")
         if spec.dropout_p:
             reasons.append("has no dropout")
-        if not reasons and find_spec("triton") is None:
+        if not reasons and util.find_spec("triton") is None:
             reasons.append("triton is not installed")
         return reasons
 

@@ -7,7 +7,7 @@ that the list may say something else whenever a CUDA graph is replayed.
 
 This module imports Triton, and is imported where the kernel runs. With `TRITON_INTERPRET=1` it runs on CPU.
 """
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
 
