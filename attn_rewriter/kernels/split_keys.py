@@ -140,7 +140,7 @@ def attend_to_splits(
             other=0.0,
         )
         score = tl.dot(q, keys, input_precision="ieee") * SCALE
-        if SOFTCAP:  # times tanh, exact to a rounding unit of the cap
+        if SOFTCAP != 0:  # times tanh, exact to a rounding unit of the cap
             score = SOFTCAP * (2 / (1 + tl.exp(score * (-2 / SOFTCAP))) - 1)
         score *= FACTOR
         if BIAS_ROWS:
@@ -232,8 +232,8 @@ def _decode(
     num_kv_heads, kv_len, head_dim_v = value.shape[1:]
     group = num_heads // num_kv_heads
     d, d_v = (max(_MIN_TILE, triton.next_power_of_2(n)) for n in (head_dim, head_dim_v))
-    rows = min(_MAX_ROWS, max(_MIN_TILE, triton.next_power_of_2(group * q_len)))
-    block = block_size(d, d_v, query.element_size())
+    block, most_rows = tile_sizes(max(d, d_v), query.element_size())
+    rows = min(most_rows, max(_MIN_TILE, triton.next_power_of_2(group * q_len)))
     keep = reduce(without_hidden, biases, keep)
     bias = reduce(add, biases) if biases else None
     blocks, counts = (query, query) if keep is None else active_blocks(keep, block, num_kv_heads)
@@ -312,9 +312,10 @@ output, `[batch, num_heads, q_len, head_dim_v]`: of scores that are multiplied b
 zero, multiplied by `factor`, and biased."""
 
 
-def block_size(d: int, d_v: int, item: int) -> int:
-    """The number of keys in a block, by head dims (padded) and the size of a number."""
-    return max(_MIN_TILE, min(_MAX_BLOCK, _TILE_BYTES // (max(d, d_v) * item)))
+def tile_sizes(d: int, item: int) -> tuple[int, int]:
+    """How many keys a block has, and at most how many rows, by head dim (padded) and the size of a number."""
+    fitting = _TILE_BYTES // (d * item)
+    return max(_MIN_TILE, min(_MAX_BLOCK, fitting)), min(_MAX_ROWS, 2 * fitting)
 
 
 def number_of_splits(programs: Any, blocks: Any, device: torch.device) -> Any:
