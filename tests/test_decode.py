@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import util
@@ -240,6 +243,12 @@ def test_reasons(spec: AttentionSpec, at: Shapes, reason: str) -> None:
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(util, "find_spec", lambda name: None)
     assert KERNELS["decode"].refusals(FORMS["plain"], ONE, SM_90) == ["triton is not installed"]
+
+
+def test_it_compiles() -> None:
+    """In a process of its own, as Triton interprets in this one."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    subprocess.run([sys.executable, "-m", "tests.compiled"], env=environment, check=True, timeout=300)
 
 
 SPELLED = [*{s.computes: s for s in SPELLINGS[::-1] if not s.random and s.computes}.values()]
