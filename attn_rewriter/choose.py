@@ -12,12 +12,15 @@ from attn_rewriter.device import Device
 from attn_rewriter.errors import KernelUnavailable, Refusal
 from attn_rewriter.kernels import KERNELS, PAIRS, Kernel, named
 from attn_rewriter.measured import passes
-from attn_rewriter.spec import EVERY_KEY, AttentionSpec, Shapes
+from attn_rewriter.spec import EVERY_KEY, AttentionSpec, Shapes, at_most
 
 Request = Union[str, Sequence[str]]
 
 FEW_QUERIES, SHORT = 127, 512
 """Less than a block of FlexAttention, and a few of them."""
+
+MANY_KEYS = 8
+"""So many for each query are worth splitting."""
 
 FLASH = ("fa4", "fa3", "fa2")
 
@@ -38,10 +41,11 @@ def order(spec: AttentionSpec, shapes: Shapes, device: Device) -> tuple[str, ...
     """The kernels to try in automatic mode, the preferred one first.
 
     On CUDA: where scores are nothing but scaled and causal, as measured (`attn_rewriter/measured.py`), in training each
-    pass for itself, or SDPA first where nothing was. SDPA's kernels read any other mask or bias whole, where
-    FlexAttention leaves out what is masked; for a few queries there is nothing to leave out, and up to a few blocks of
-    keys and no bias it takes longer to find out what (`python -m attn_rewriter bench masks`). In float32 its backward
-    pass has tiles of 16, whatever the card.
+    pass for itself, or SDPA first where nothing was. SDPA's kernels read any other mask or bias whole. For few queries
+    against many keys, the kernel for decoding leaves out what is masked; for more, flash-attention 4 does from Hopper
+    on, and FlexAttention. Up to a few blocks of keys and no bias it takes longer to find out what can be left out
+    (`python -m attn_rewriter bench masks`). In float32 FlexAttention's backward pass has tiles of 16, whatever the
+    card.
     """
     if device.platform != "cuda":
         return _in_order("sdpa", "flex")
@@ -51,12 +55,16 @@ def order(spec: AttentionSpec, shapes: Shapes, device: Device) -> tuple[str, ...
         times = {} if few else with_pairs(passes(shapes, causal, device), spec, shapes, device)
         return _in_order(*_fastest_first(times), "sdpa")
     if few:
-        return _in_order("sdpa", "flex")
+        many_keys = not at_most(shapes.kv_len, MANY_KEYS * shapes.q_len)
+        return _in_order(*(("decode",) if many_keys else ()), "sdpa", "flex")
     form = spec.affine()
     unbiased = not isinstance(form, str) and not form.biases and spec.sinks is None
     short = unbiased and isinstance(shapes.q_len, int) and shapes.q_len <= SHORT
     wide = (shapes.product_dtype or shapes.dtype) == torch.float32
-    return _in_order("sdpa", "flex") if short or wide else _in_order("flex", *FLASH, "sdpa")
+    if short or wide:
+        return _in_order("sdpa", "flex")
+    newest = ("fa4",) if (device.capability or (0, 0)) >= (9, 0) else ()
+    return _in_order(*newest, "flex", *FLASH, "sdpa")
 
 
 def with_pairs(

@@ -1,6 +1,6 @@
 """Stand-ins for the flash-attention packages, and for the operators of PyTorch that are for CUDA alone: the functions
 that are called, with their published signatures, in plain PyTorch. They show what each is asked for; that the packages
-and operators compute it is for `test_gpu.py`."""
+and operators compute it is for `test_gpu.py`. And what Triton's interpreter needs to run a kernel of ours."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata
+from importlib import metadata, util
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -311,6 +311,17 @@ class _ATen:
         return tuple(torch.empty_like(x).copy_(g.transpose(1, 2)) for x, g in zip((query, key, value), found))
 
 
+def _interpreted(decode: Any) -> Any:
+    """`split_keys.decode` in float32 for bfloat16: Triton's interpreter multiplies the bits of these as integers."""
+
+    def widened(query: Any, key: Any, value: Any, *rest: Any) -> Any:
+        if not isinstance(query, Tensor) or query.dtype != torch.bfloat16:
+            return decode(query, key, value, *rest)
+        return decode(query.float(), key.float(), value.float(), *rest).to(query.dtype)
+
+    return widened
+
+
 def _module(name: str, functions: dict[str, Any]) -> dict[str, ModuleType]:
     module = ModuleType(name)
     module.__dict__.update(functions)
@@ -351,5 +362,9 @@ def installed(*, newer: bool = False, **versions: str | None) -> Iterator[None]:
         for name, module in modules.items():
             patch.setitem(sys.modules, name, module)
         patch.setattr(metadata, "version", version)
+        if util.find_spec("triton") is not None and not torch.cuda.is_available():
+            from attn_rewriter.kernels import split_keys
+
+            patch.setattr(split_keys, "decode", _interpreted(split_keys.decode))
         yield
     missing.cache_clear()

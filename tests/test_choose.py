@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from sympy import Symbol
 
 from attn_rewriter import AttentionSpec, Device, measured
 from attn_rewriter.choose import ALIKE, Choice, choose
@@ -19,6 +20,7 @@ CAPPED = AttentionSpec((SCALE, Softcap(50.0)))
 BIASED = AttentionSpec((SCALE, Bias("bias0")))
 LONG = Shapes(4, 16, 16, 4096, 4096, 64, 64, torch.bfloat16)
 TRAINING, DECODE = replace(LONG, needs_backward=True), replace(LONG, q_len=1)
+GROWING = replace(DECODE, batch=Symbol("s0", positive=True), kv_len=Symbol("s1", positive=True))
 SHORT, WIDE = replace(LONG, q_len=512, kv_len=512), replace(LONG, dtype=torch.float32)
 
 
@@ -29,12 +31,19 @@ SHORT, WIDE = replace(LONG, q_len=512, kv_len=512), replace(LONG, dtype=torch.fl
         ("sm_90", PADDED, LONG, "flex"),
         ("sm_90", PADDED, TRAINING, "flex"),
         ("sm_90", PADDED, SHORT, "sdpa"),
-        ("sm_90", PADDED, DECODE, "sdpa"),
+        ("sm_90", PADDED, DECODE, "decode"),
+        ("sm_90", BIASED, DECODE, "decode"),
+        ("sm_90", PADDED, GROWING, "decode"),
+        ("sm_90", AttentionSpec((SCALE,)), DECODE, "sdpa"),
+        ("sm_90", BIASED, replace(DECODE, q_len=49, kv_len=49), "sdpa"),
+        ("sm_90", PADDED, replace(DECODE, needs_backward=True), "sdpa"),
+        ("sm_75", PADDED, DECODE, "sdpa"),
+        ("gfx942", PADDED, DECODE, "sdpa"),
         ("sm_90", BIASED, SHORT, "flex"),
         ("sm_90", BIASED, WIDE, "sdpa"),
         ("sm_90", CAPPED, WIDE, "flex"),
         ("sm_100", CAPPED, TRAINING, "flex"),
-        ("sm_80", CAPPED, DECODE, "flex"),
+        ("sm_80", CAPPED, DECODE, "decode"),
         ("sm_75", PADDED, LONG, "sdpa"),
         ("sm_75", CAPPED, LONG, "flex: needs sm_80"),
         ("sm_90", replace(CAPPED, dropout_p=0.1), TRAINING, "flex: has no dropout"),

@@ -262,6 +262,41 @@ def test_decode_reads_grouped_heads_without_copying_them() -> None:
     assert torch.cuda.max_memory_allocated() - before < k.numel() * k.element_size()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("q_len", [1, 3])
+@pytest.mark.parametrize("mask", ["keep", "additive", "additive, whole rows"])
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_decode(mode: str | None, mask: str, q_len: int, dtype: torch.dtype) -> None:
+    """Against a static cache, of which each call has filled more: one graph, of CUDA's too, for all of it."""
+    batch, room = 3, 3000
+
+    def decode(q, k, v, keep, bias):
+        k, v = (x.repeat_interleave(4, dim=1) for x in (k, v))
+        scores = q @ k.mT * 128**-0.5
+        scores = scores.masked_fill(~keep, float("-inf")) if mask == "keep" else scores + bias
+        return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+
+    torch._dynamo.reset()
+    function = attn_rewriter.optimize(decode, kernel="decode", mode=mode)
+    torch.manual_seed(0)
+    k, v = (torch.randn(batch, 2, room, 128, dtype=dtype, device="cuda") for _ in range(2))
+    at = torch.arange(room, device="cuda")
+    for filled in (5, 700, 701, 2999):
+        q = torch.randn(batch, 8, q_len, 128, dtype=dtype, device="cuda")
+        keep = (at < filled) & (at >= torch.tensor([[0], [3], [4]], device="cuda"))
+        keep = keep[:, None, None].expand(-1, -1, q_len, -1)
+        bias = torch.zeros_like(keep, dtype=dtype).masked_fill(~keep, torch.finfo(dtype).min)
+        if mask == "additive, whole rows":
+            bias[1] = torch.finfo(dtype).min
+        inputs = [q, k, v, keep.contiguous(), bias]
+        with torch.no_grad():
+            found = function(*inputs).clone()
+            with Exact():
+                exact = decode(*double(inputs))
+            assert_as_accurate(found, decode(*inputs), exact)
+    assert [site.kernel for site in attn_rewriter.report_of(function).sites] == ["decode"]
+
+
 COMBINATIONS = [["sdpa"], ["cudnn"], ["fa4/cudnn"], ["sdpa", "cudnn"], ["cudnn", "sdpa"]]
 
 

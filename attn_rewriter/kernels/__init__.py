@@ -6,6 +6,7 @@ from itertools import permutations, starmap
 
 from attn_rewriter.kernels.aten import CuDNN, TorchFlash
 from attn_rewriter.kernels.base import Kernel, Limits, Tensors
+from attn_rewriter.kernels.decode import Decode
 from attn_rewriter.kernels.fa2 import FA2
 from attn_rewriter.kernels.fa3 import FA3
 from attn_rewriter.kernels.fa4 import FA4
@@ -17,7 +18,7 @@ from attn_rewriter.kernels.sdpa import SDPA
 
 _FLASH: tuple[Flash, ...] = (FA4(), FA3(), FA2(), CuDNN(), TorchFlash())
 
-KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (SDPA(), *_FLASH, Flex(), Reference())}
+KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (SDPA(), *_FLASH, Flex(), Decode(), Reference())}
 
 PAIRS: dict[str, Paired] = {pair.name: pair for pair in starmap(Paired, permutations(_FLASH, 2))}
 """Forward by one, backward by another: "cudnn/fa4"."""

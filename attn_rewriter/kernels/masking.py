@@ -35,9 +35,9 @@ from attn_rewriter.spec import (
 )
 
 
-def keep_mask(form: AffineForm, shapes: Shapes, tensors: Tensors) -> torch.Tensor | None:
+def keep_mask(masks: Iterable[Mask], shapes: Shapes, tensors: Tensors) -> torch.Tensor | None:
     """What the masks keep, as one boolean tensor; None where no key is hidden at these shapes."""
-    masks = [mask for mask in form.masks if mask.keep.within(shapes.q_len, shapes.kv_len) != EVERY_KEY]
+    masks = [mask for mask in masks if mask.keep.within(shapes.q_len, shapes.kv_len) != EVERY_KEY]
     return reduce(and_, (keep(mask, tensors) for mask in masks)) if masks else None
 
 

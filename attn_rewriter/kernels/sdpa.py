@@ -49,7 +49,7 @@ class SDPA(Kernel):
         bias = summed_bias(form, tensors)
         plain = bias is None and spec.sinks is None
         is_causal = plain and form.keep.within(shapes.q_len, shapes.kv_len) == Band(None, 0)
-        attn_mask, keep = bias, None if is_causal else keep_mask(form, shapes, tensors)
+        attn_mask, keep = bias, None if is_causal else keep_mask(form.masks, shapes, tensors)
         if keep is not None:
             # A finite number, so that a row in which every key is masked stays finite; half of the lowest, because
             # kernels multiply by log2(e) before they exponentiate.
