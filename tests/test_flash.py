@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from attn_rewriter import AttentionSpec, Device, measured
 from attn_rewriter.choose import Choice, choose
 from attn_rewriter.kernels import KERNELS
-from attn_rewriter.kernels.flash import Flash, flash_attention, flash_form
+from attn_rewriter.kernels.flash import Flash, FlashForm, flash_attention, flash_form
 from attn_rewriter.spec import Band, Mask, Scale, Shapes, Softcap
 from tests.accuracy import assert_as_accurate
 from tests.running import DRAWS, joined, rewritten, truth, with_gradients
@@ -40,24 +40,7 @@ def shapes(q_len: int = 256, kv_len: int = 256, head_dim: int = 64, dtype: torch
 FORMS = [*{s.computes: s for s in SPELLINGS[::-1] if not s.random and s.computes and s.n_sites == 1}.values()]
 
 
-TAKEN = {
-    "plain",
-    "scale 0.3536",
-    "scale 0.25",
-    "scale 0.5",
-    "scale 0.1768",
-    "scale -1",
-    "scale tensor",
-    "scale 0.3536, gate",
-    "scale 0.3536, every key",
-    "scale 0.3536, causal",
-    "causal, scale 0.3536",
-    "scale 0.3536, causal, gate",
-    "scale 0.3536, causal, offset 2",
-    "scale 0.3536, causal, sliding window 3",
-    "scale 0.25, softcap 30",
-    "scale 0.3536, softcap 2, causal",
-}
+NOT_COMPUTED = ("bias", "clamp")
 
 
 @pytest.mark.parametrize("spelling", FORMS, ids=lambda s: s.computes)
@@ -71,7 +54,7 @@ def test_result_and_gradients(spelling: Spelling) -> None:
     function, report = rewritten(spelling.function, kernel=["fa4", "reference"], device="sm_90")
     fused = joined(with_gradients(function, inputs) for inputs in draws)
     (site,) = report().sites
-    assert (site.kernel == "fa4") == (spelling.computes in TAKEN), site
+    assert (site.kernel == "fa4") != any(word in str(spelling.computes) for word in NOT_COMPUTED), site
     assert_as_accurate(fused, eager, joined(truth(spelling.function, inputs) for inputs in draws))
 
 
@@ -88,10 +71,10 @@ def test_every_version_is_taken_for_windows(kernel: str, q_len: int, kv_len: int
 @pytest.mark.parametrize(
     ("spec", "at", "device", "reason"),
     [
-        (band(None, 0), shapes(64, 256), "sm_90", "aligns its windows with the last query and key"),
-        (band(3, None), shapes(), "sm_90", "aligns its windows"),
-        (band(-5, 0), shapes(100, 10), "sm_90", "aligns its windows"),
-        (band(-100, -50), shapes(100, 10), "sm_90", "takes windows over at least as many keys as queries"),
+        (band(None, 0), shapes(64, 256), "sm_100", "aligns its windows with the last query and key"),
+        (band(3, None), shapes(), "sm_100", "aligns its windows"),
+        (band(-5, 0), shapes(100, 10), "sm_100", "aligns its windows"),
+        (band(-100, -50), shapes(100, 10), "sm_100", "takes windows over at least as many keys as queries"),
         (band(None, 0), shapes(head_dim=512), "sm_90", "head_dim is at most 256"),
         (band(None, 0), shapes(head_dim=36), "sm_90", "a multiple of 8"),
         (band(None, 0), shapes(dtype=torch.float32), "sm_90", "bfloat16, float16, not in float32"),
@@ -160,7 +143,7 @@ def test_without_inductor_a_window_goes_to_the_newest_version(absent: list[str],
         ("sm_90", 100_000, 96, True, "fa4"),
         ("sm_90", 512, 128, False, "sdpa"),
         ("sm_90", 8192, 256, False, "fa4"),
-        ("sm_90", 8192, 256, True, "sdpa"),
+        ("sm_90", 8192, 256, True, "fa4/cudnn"),
         ("sm_100", 8192, 128, False, "sdpa"),
         ("sm_75", 8192, 128, False, "sdpa"),
     ],
@@ -277,5 +260,6 @@ def test_blackwell_has_no_backward_pass_with_a_softcap_at_head_dim_256() -> None
 
 def test_form_of_a_negative_side() -> None:
     """A window that ends before its query has no counterpart: -1 means no bound there."""
-    assert isinstance(flash_form(band(None, -1), shapes()), str)
+    form = flash_form(band(None, -1), shapes())
+    assert isinstance(form, FlashForm) and form.mask == Band(None, -1) and (form.left, form.right) == (None, None)
     assert isinstance(flash_form(band(1, 5), shapes()), str)
