@@ -20,7 +20,7 @@ from attn_rewriter.errors import Refusal, Refused, refuse
 from attn_rewriter.find import Site
 from attn_rewriter.graph import Call, Facts, describe_node, is_inplace, is_pure, looks_at_shape_only, shape, tensor
 from attn_rewriter.patterns.axes import Atom, Dim, Dims, backward, extent, fresh, leaves
-from attn_rewriter.patterns.masks import MaskReader
+from attn_rewriter.patterns.masks import MaskReader, axes
 from attn_rewriter.patterns.match import Matcher
 from attn_rewriter.patterns.operands import Factor, Operand, Product, State, available, product, trace
 from attn_rewriter.patterns.rule import Column, Dropout, Fill, Rules, Shift, Zeroed
@@ -495,7 +495,9 @@ class _Reading:
         if isinstance(step, Bias):
             dtype = torch.promote_types(score_dtype, self.operands[name].states[0].dtype or score_dtype)
             kept = self.reader.additive(origin.node, origin.dims, dtype) if step.factor == 1 else None
-            return Bias(name, step.factor) if kept is None else self._mask(name, kept, "additive", origin)
+            if kept is not None:
+                return self._mask(name, kept, "additive", origin)
+            return Bias(name, step.factor, axes(origin.dims))
         return ScaleBy(name, step.inverse, any(atom.axis == "key" for atom in origin.atoms))
 
     def _mask(self, name: str, kept: Predicate, form: str, origin: State) -> Mask:

@@ -508,10 +508,11 @@ class ScaleBy:
 
 @dataclass(frozen=True)
 class Bias:
-    """`score + factor * tensor`."""
+    """`score + factor * tensor`; `axes` are those that the tensor varies over."""
 
     tensor: Hashable
     factor: float = 1.0
+    axes: tuple[str, ...] = ("batch", "head", "query", "key")
 
     def __str__(self) -> str:
         return "bias"

@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+import attn_rewriter
+from attn_rewriter import AttentionSpec
+from attn_rewriter.kernels.blocks import BLOCK, TENSORS, block_mask, shown
 from attn_rewriter.kernels.flex import _RowMajor
+from attn_rewriter.spec import Shapes, TensorMask
+from tests.accuracy import assert_as_accurate
+from tests.running import rewritten, truth
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -29,3 +35,55 @@ def test_biases_are_computed_and_laid_out_before_they_are_read(dynamic: bool) ->
         gradient = torch.randn_like(bias)
         found, expected = (torch.autograd.grad(x, table, gradient)[0] for x in (bias, plain))
         torch.testing.assert_close(found, expected)
+
+
+LENGTH = 3 * BLOCK
+
+
+def left_padded(lowest: float) -> Tensor:
+    """An additive mask `[2, 1, LENGTH, LENGTH]` as `generate` hands it in: causal, the second sequence padded by more
+    than a block, where no key is left."""
+    i = torch.arange(LENGTH)
+    keep = (i <= i[:, None]) & (i >= torch.tensor([0, BLOCK + 5])[:, None, None])
+    return torch.zeros(2, 1, LENGTH, LENGTH).masked_fill(~keep[:, None], lowest)
+
+
+def test_blocks_that_an_additive_mask_hides_are_left_out() -> None:
+    mask = TensorMask("mask", ("batch", "query", "key"))
+    shapes = Shapes(2, 4, 4, LENGTH, LENGTH, 16, 16, torch.float32)
+    tensors = {"query": torch.empty(2, 4, LENGTH, 16), "mask": shown(left_padded(torch.finfo(torch.float32).min))}
+    blocks = dict(zip(TENSORS, block_mask(mask, shapes, tensors)))
+    taken = blocks["kv_num_blocks"] + blocks["full_kv_num_blocks"]
+    # Of the padded sequence, rows without any key keep them all: that is what adding the same to all of them means.
+    assert taken.flatten(1).tolist() == [[1, 2, 3], [3, 3, 2]]
+
+
+@pytest.mark.parametrize("lowest", [torch.finfo(torch.float32).min, float("-inf"), -1e9, -10.0], ids=str)
+def test_an_additive_mask_that_nobody_can_look_into(lowest: float) -> None:
+    """It is added, hidden keys or not; rows that it hides as a whole have equal weights, as in eager code."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return (q @ k.mT * 0.25 + mask).softmax(-1) @ v
+
+    torch.manual_seed(0)
+    inputs = [*(torch.randn(2, 4, LENGTH, 16) for _ in range(3)), left_padded(lowest)]
+    if lowest == float("-inf"):
+        inputs[3][1, :, : BLOCK + 5] = 0.0
+    function, report = rewritten(attention, kernel="flex")
+    with torch.no_grad():
+        fused = function(*inputs)
+    (site,) = report().sites
+    assert site.kernel == "flex" and str(site.spec) == "scale 0.25, bias"
+    assert_as_accurate(fused, attention(*inputs), truth(attention, inputs)[0])
+
+
+def test_a_bias_of_each_head_is_no_mask() -> None:
+    def axes(bias: Tensor) -> tuple[str, ...]:
+        q = torch.randn(2, 4, 8, 16)
+        report = attn_rewriter.explain(lambda q, bias: (q @ q.mT + bias).softmax(-1) @ q, q, bias)
+        spec = report.sites[0].spec
+        assert isinstance(spec, AttentionSpec)
+        return spec.modifiers[-1].axes  # type: ignore[union-attr]
+
+    assert axes(torch.randn(4, 8, 8)) == ("head", "query", "key")
+    assert axes(torch.randn(2, 1, 1, 8)) == ("batch", "key")

@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.overrides import handle_torch_function, has_torch_function
 
 from attn_rewriter.kernels.base import Tensors, number
-from attn_rewriter.kernels.masking import holds
+from attn_rewriter.kernels.masking import holds, without_hidden
 from attn_rewriter.spec import Predicate, Shapes
 
 BLOCK = 128
@@ -76,6 +76,20 @@ TENSORS = tuple(
     f"{full}{side}_{what}" for side in ("kv", "q") for full in ("", "full_") for what in ("num_blocks", "indices")
 )
 """The fields of a `BlockMask` in the order in which it takes them."""
+
+
+@dataclass(frozen=True)
+class _Shown(AsNode):
+    """The keys that an additive mask does not hide, as a boolean tensor."""
+
+    __name__ = "shown"
+    is_shared = True
+
+    def run(self, bias: torch.Tensor) -> torch.Tensor:
+        return without_hidden(bias)
+
+
+shown = _Shown()
 
 
 def mask_names(keep: Predicate) -> tuple[Any, ...]:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections import ChainMap
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -24,17 +25,20 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from attn_rewriter.device import Device
 from attn_rewriter.kernels.base import Kernel, Limits, Tensors
-from attn_rewriter.kernels.blocks import BLOCK, AsNode, block_mask, in_memory, mask_names
+from attn_rewriter.kernels.blocks import BLOCK, AsNode, block_mask, in_memory, mask_names, shown
 from attn_rewriter.kernels.masking import element, holds, modified
 from attn_rewriter.spec import (
     EVERY_KEY,
     AttentionSpec,
+    Bias,
     Mask,
     Modifier,
     Predicate,
     Scale,
     ScaleBy,
     Shapes,
+    TensorMask,
+    conjunction,
 )
 
 _MIN_HEAD_DIM = 16  # of a Triton matrix product
@@ -85,6 +89,10 @@ class Flex(Kernel):
                 break
             modifiers.pop(0)
         keep = spec.keep.within(shapes.q_len, shapes.kv_len)
+        for bias in _perhaps_masks(modifiers):
+            name = f"{bias.tensor}.shown"
+            tensors = ChainMap({name: shown(tensors[str(bias.tensor)])}, tensors)  # type: ignore[arg-type]
+            keep = conjunction((keep, TensorMask(name, bias.axes)))
         masks = tuple(tensors[name] for name in mask_names(keep))
         blocks = block_mask(keep, shapes, tensors) if keep != EVERY_KEY else None
         names = tuple(dict.fromkeys(name for m in modifiers for name in _names(m)))
@@ -110,6 +118,15 @@ class Flex(Kernel):
             share = torch.sigmoid(logsumexp * math.log(2) - sinks)  # of the keys in the weight
             output = (output * share.unsqueeze(-1)).to(dtype)
         return output
+
+
+def _perhaps_masks(modifiers: Sequence[Modifier]) -> Iterator[Bias]:
+    """Biases that are the same for all heads and added last, as masks are."""
+    for modifier in reversed(modifiers):
+        if not isinstance(modifier, Bias):
+            break
+        if modifier.factor == 1 and "head" not in modifier.axes:
+            yield modifier
 
 
 def _tuned(query: torch.Tensor, value: torch.Tensor, captured: Sequence[Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from attn_rewriter.kernels.base import Tensors, number
 from attn_rewriter.spec import (
     EVERY_KEY,
+    MASKED,
     AffineForm,
     Always,
     And,
@@ -50,6 +51,19 @@ def keep(mask: Mask, tensors: Tensors) -> torch.Tensor:
     if mask.form == "additive":
         return held == 0
     return held if mask.form == "keep" else ~held
+
+
+def without_hidden(bias: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+    """`keep`, or every key, without those that a bias hides: an additive mask that nobody can look into, as `generate`
+    hands in its own.
+
+    Their weight is zero anyway, unless a row has no key that is far above them.
+    """
+    lowest = max(MASKED, torch.finfo(bias.dtype).min)
+    far_above = bias > lowest / 2
+    usual = (far_above if keep is None else far_above & keep).any(-1, keepdim=True)
+    shown = ~(bias <= lowest) | ~usual
+    return shown if keep is None else shown & keep
 
 
 def holds(

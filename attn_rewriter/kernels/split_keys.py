@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from attn_rewriter.spec import MASKED
+from attn_rewriter.kernels.masking import without_hidden
 
 _TILE_BYTES = 2**14  # of the keys of a block; as much of the values
 _MIN_TILE, _MAX_BLOCK, _MAX_ROWS = 16, 128, 64  # 16 is the least that a matrix product of Triton takes
@@ -234,7 +234,9 @@ def _decode(
     d, d_v = (max(_MIN_TILE, triton.next_power_of_2(n)) for n in (head_dim, head_dim_v))
     block, most_rows = tile_sizes(max(d, d_v), query.element_size())
     rows = min(most_rows, max(_MIN_TILE, triton.next_power_of_2(group * q_len)))
-    keep = reduce(without_hidden, biases, keep)
+    for added in biases:
+        if added.size(1) == 1:  # what varies over the heads is no mask
+            keep = without_hidden(added, keep)
     bias = reduce(add, biases) if biases else None
     blocks, counts = (query, query) if keep is None else active_blocks(keep, block, num_kv_heads)
     row_blocks = triton.cdiv(group * q_len, rows)
@@ -327,21 +329,6 @@ def number_of_splits(programs: Any, blocks: Any, device: torch.device) -> Any:
 @lru_cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def without_hidden(keep: Tensor | None, bias: Tensor) -> Tensor | None:
-    """`keep` without the keys that an additive mask hides, which is how `generate` hands in its masks.
-
-    Their weight is zero anyway, unless a row has no key that is far above them. Biases that vary over the heads are no
-    masks, and left alone.
-    """
-    if bias.size(1) != 1:
-        return keep
-    lowest = max(MASKED, torch.finfo(bias.dtype).min)
-    far_above = bias > lowest / 2
-    usual = (far_above if keep is None else far_above & keep).any(-1, keepdim=True)
-    shown = ~(bias <= lowest) | ~usual
-    return shown if keep is None else shown & keep
 
 
 def active_blocks(keep: Tensor, block: int, num_kv_heads: int) -> tuple[Tensor, Tensor]:
