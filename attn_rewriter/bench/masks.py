@@ -131,6 +131,12 @@ def _opaque(padding: Callable[[Form, str], dict[str, Tensor]]) -> Callable[[Form
     return mask
 
 
+def _additive(form: Form, device: str) -> dict[str, Tensor]:
+    """Padding and what comes later as transformers' `generate` hands it in, in the type of the scores."""
+    keep = _opaque(_prompts)(form, device)["mask"]
+    return {"mask": torch.zeros_like(keep, dtype=torch.bfloat16).masked_fill(~keep, torch.finfo(torch.bfloat16).min)}
+
+
 def _bias(form: Form, device: str) -> dict[str, Tensor]:
     shape = (1, form.heads, form.length, form.length)
     return {"bias": torch.randn(shape, dtype=torch.bfloat16, device=device)}
@@ -170,6 +176,7 @@ FORMS = {
     "mask tensor": Form(_masked, 4, 32, 4096, 128, 8, _opaque(_padding)),
     "causal, left padding": Form(lambda s, padding: _causal(_padded(s, padding)), 4, 32, 4096, 128, 8, _prompts),
     "left padding, mask tensor": Form(_masked, 4, 32, 4096, 128, 8, _opaque(_prompts)),
+    "left padding, additive tensor": Form(lambda s, mask: s + mask, 4, 32, 4096, 128, 8, _additive),
     "causal, 8192": Form(_causal, 2, 32, 8192, 128, 8),
     "window 512": Form(lambda s: _causal(s, 512), 2, 32, 8192, 128, 8),
     "sinks, window": Form(lambda s: _causal(s, 128), 2, 64, 4096, 64, 8, _sinks),
