@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import statistics
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,7 +24,6 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils.benchmark import Timer
 
 from attn_rewriter.choose import usable, with_pairs
 from attn_rewriter.describe import Description
@@ -35,10 +35,11 @@ from attn_rewriter.kernels.flash import Flash
 from attn_rewriter.packages import version
 from attn_rewriter.progress import working
 from attn_rewriter.spec import And, Mask, Not, Predicate, TensorMask
+from attn_rewriter.timing import calls_in, milliseconds
 
 log = logging.getLogger("attn_rewriter")
 
-_SECONDS = 0.1  # of timing, for each kernel and pass
+_READINGS, _READING_MS = 5, 10.0  # for each kernel and pass
 _PACKAGES = ("torch", "triton", "attn-rewriter", *(kernel.distribution for kernel in Flash.versions.values()))
 
 Times = dict[str, float]
@@ -118,10 +119,10 @@ def _time(found: Description, device: Device, name: str) -> tuple[float, ...]:
 
 
 def _milliseconds(step: Callable[[], Any]) -> float:
-    for _ in range(2):
-        step()
-    timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=_SECONDS).median * 1e3
+    """Launching not counted: in a model, one thing is launched while another runs."""
+    step()
+    calls = calls_in(_READING_MS, step)
+    return statistics.median(milliseconds(step, calls, held_ms=2 * _READING_MS) for _ in range(_READINGS))
 
 
 def _compiled(function: Callable[..., torch.Tensor], args: Sequence[Any]) -> Callable[..., torch.Tensor]:

@@ -16,8 +16,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import attn_rewriter
-from attn_rewriter.bench.measure import peak_bytes_of, seconds_of
+from attn_rewriter.bench.measure import peak_bytes_of
 from attn_rewriter.progress import working
+from attn_rewriter.timing import seconds_of
 
 TEXT = Path(__file__).with_name("text.txt").read_text(encoding="utf-8")
 RUNS = 5

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import attn_rewriter
 from attn_rewriter import AttentionSpec
-from attn_rewriter.kernels.blocks import BLOCK, TENSORS, block_mask, shown
+from attn_rewriter.kernels.blocks import BLOCK, TENSORS, block_mask, shown_blocks
 from attn_rewriter.kernels.flex import _RowMajor
 from attn_rewriter.spec import Shapes, TensorMask
 from tests.accuracy import assert_as_accurate
@@ -51,11 +51,14 @@ def left_padded(lowest: float) -> Tensor:
 def test_blocks_that_an_additive_mask_hides_are_left_out() -> None:
     mask = TensorMask("mask", ("batch", "query", "key"))
     shapes = Shapes(2, 4, 4, LENGTH, LENGTH, 16, 16, torch.float32)
-    tensors = {"query": torch.empty(2, 4, LENGTH, 16), "mask": shown(left_padded(torch.finfo(torch.float32).min))}
+    tensors = {
+        "query": torch.empty(2, 4, LENGTH, 16),
+        "mask": shown_blocks(left_padded(torch.finfo(torch.float32).min)),
+    }
     blocks = dict(zip(TENSORS, block_mask(mask, shapes, tensors)))
-    taken = blocks["kv_num_blocks"] + blocks["full_kv_num_blocks"]
     # Of the padded sequence, rows without any key keep them all: that is what adding the same to all of them means.
-    assert taken.flatten(1).tolist() == [[1, 2, 3], [3, 3, 2]]
+    assert blocks["full_kv_num_blocks"].flatten(1).tolist() == [[1, 2, 3], [3, 3, 2]]
+    assert not blocks["kv_num_blocks"].any()  # what is taken needs no mask besides
 
 
 @pytest.mark.parametrize("lowest", [torch.finfo(torch.float32).min, float("-inf"), -1e9, -10.0], ids=str)

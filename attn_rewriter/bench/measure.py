@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import math
 import os
 import re
 import shlex
@@ -25,12 +24,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from attn_rewriter.errors import KernelUnavailable
 from attn_rewriter.packages import version
+from attn_rewriter.timing import calls_in, milliseconds, synchronize
 
 GIB = 2**30
 OUT_OF_MEMORY = "out of memory"
-CYCLES = 2_000_000
-"""Of a GPU's clock, in a millisecond."""
-
 Answer = TypeVar("Answer")
 Seen = TypeVar("Seen")
 Cell = dict[str, Any]
@@ -71,8 +68,7 @@ def time_step(
     seen = look(step())
     synchronize()
     first = time.perf_counter() - start
-    warm = min(milliseconds(step) for _ in range(2))
-    calls = max(1, math.ceil(reading_ms / max(warm, 1e-3)))
+    calls = calls_in(reading_ms, step)
     peak_at_first = torch.cuda.max_memory_allocated() if cuda else 0
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -87,43 +83,6 @@ def time_step(
             "gib_at_first": (peak_at_first - before) / GIB,
         }
     return seen, cell
-
-
-def milliseconds(step: Callable[[], object], calls: int = 1, *, held_ms: float = 0.0) -> float:
-    """How long one of `calls` steps in a row takes: between two events on a GPU in use, else by the clock.
-
-    The GPU first sleeps for `held_ms`. Steps that are launched in this time run back to back.
-    """
-
-    def steps() -> None:
-        for _ in range(calls):
-            step()
-
-    if not torch.cuda.is_initialized():
-        return seconds_of(steps) * 1e3 / calls
-    if held_ms:
-        torch.cuda._sleep(int(held_ms * CYCLES))
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    steps()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / calls
-
-
-def seconds_of(run: Callable[[], object]) -> float:
-    """How long one call takes, a GPU's work included."""
-    synchronize()
-    start = time.perf_counter()
-    run()
-    synchronize()
-    return time.perf_counter() - start
-
-
-def synchronize() -> None:
-    """Wait for what a GPU still has in its queue."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
 
 
 def peak_bytes_of(run: Callable[[], object]) -> int:
@@ -146,22 +105,25 @@ def attempt(measure: Callable[..., Cell], *args: object) -> Cell:
     """The measured cell. A kernel's refusal and any failure become their text, and nothing that was compiled stays in
     memory."""
     torch.compiler.reset()
-    try:
-        cell = measure(*args)
-    except Exception as error:  # the other cells are still worth having
-        cause = getattr(error, "inner_exception", error)  # of Dynamo's BackendCompilerFailed
-        if isinstance(cause, KernelUnavailable):
-            cell = {"refused": str(cause)}
-        elif "out of memory" in str(error):
-            cell = {"failed": OUT_OF_MEMORY}
-        else:
-            traceback.print_exc()
-            cell = {"failed": f"{type(error).__name__}: {error}"[:300]}
+    cell = _measured(measure, *args)  # by a function that is over, so that no exception holds its tensors
     torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     return cell
+
+
+def _measured(measure: Callable[..., Cell], *args: object) -> Cell:
+    try:
+        return measure(*args)
+    except Exception as error:  # the other cells are still worth having
+        cause = getattr(error, "inner_exception", error)  # of Dynamo's BackendCompilerFailed
+        if isinstance(cause, KernelUnavailable):
+            return {"refused": str(cause)}
+        if "out of memory" in str(error):
+            return {"failed": OUT_OF_MEMORY}
+        traceback.print_exc()
+        return {"failed": f"{type(error).__name__}: {error}"[:300]}
 
 
 # ---------------------------------------------------------------------------------------- results

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -79,17 +80,30 @@ TENSORS = tuple(
 
 
 @dataclass(frozen=True)
-class _Shown(AsNode):
-    """The keys that an additive mask does not hide, as a boolean tensor."""
+class _ShownBlocks(AsNode):
+    """The blocks in which an additive mask does not hide every key, as a boolean tensor of its shape: what is hidden
+    inside of them, adding it hides."""
 
-    __name__ = "shown"
+    __name__ = "shown_blocks"
     is_shared = True
 
     def run(self, bias: torch.Tensor) -> torch.Tensor:
-        return without_hidden(bias)
+        shown = without_hidden(bias)
+        for dim in (-2, -1):
+            shown = _by_block(shown.transpose(dim, -1)).transpose(dim, -1)
+        return shown
 
 
-shown = _Shown()
+def _by_block(x: torch.Tensor) -> torch.Tensor:
+    """Whether anything is true in the block of the last dimension that an element is in."""
+    length = x.size(-1)
+    if length == 1:  # the same for all
+        return x
+    blocks = F.pad(x, (0, -length % BLOCK)).unflatten(-1, (-1, BLOCK)).any(-1)
+    return blocks.repeat_interleave(BLOCK, -1)[..., :length]
+
+
+shown_blocks = _ShownBlocks()
 
 
 def mask_names(keep: Predicate) -> tuple[Any, ...]:

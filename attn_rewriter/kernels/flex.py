@@ -25,7 +25,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from attn_rewriter.device import Device
 from attn_rewriter.kernels.base import Kernel, Limits, Tensors
-from attn_rewriter.kernels.blocks import BLOCK, AsNode, block_mask, in_memory, mask_names, shown
+from attn_rewriter.kernels.blocks import BLOCK, AsNode, block_mask, in_memory, mask_names, shown_blocks
 from attn_rewriter.kernels.masking import element, holds, modified
 from attn_rewriter.spec import (
     EVERY_KEY,
@@ -89,12 +89,13 @@ class Flex(Kernel):
                 break
             modifiers.pop(0)
         keep = spec.keep.within(shapes.q_len, shapes.kv_len)
-        for bias in _perhaps_masks(modifiers):
-            name = f"{bias.tensor}.shown"
-            tensors = ChainMap({name: shown(tensors[str(bias.tensor)])}, tensors)  # type: ignore[arg-type]
-            keep = conjunction((keep, TensorMask(name, bias.axes)))
         masks = tuple(tensors[name] for name in mask_names(keep))
-        blocks = block_mask(keep, shapes, tensors) if keep != EVERY_KEY else None
+        in_blocks = keep
+        for bias in _perhaps_masks(modifiers):
+            name = f"{bias.tensor}.blocks"
+            tensors = ChainMap({name: shown_blocks(tensors[str(bias.tensor)])}, tensors)  # type: ignore[arg-type]
+            in_blocks = conjunction((in_blocks, TensorMask(name, bias.axes)))
+        blocks = block_mask(in_blocks, shapes, tensors) if in_blocks != EVERY_KEY else None
         names = tuple(dict.fromkeys(name for m in modifiers for name in _names(m)))
         attend = _Attend(
             keep,

@@ -1,0 +1,55 @@
+"""How long something takes, on a CPU or a GPU."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+
+CYCLES = 2_000_000
+"""Of a GPU's clock, in a millisecond."""
+
+
+def milliseconds(step: Callable[[], object], calls: int = 1, *, held_ms: float = 0.0) -> float:
+    """How long one of `calls` steps in a row takes: between two events on a GPU in use, else by the clock.
+
+    The GPU first sleeps for `held_ms`. Steps that are launched in this time run back to back.
+    """
+
+    def steps() -> None:
+        for _ in range(calls):
+            step()
+
+    if not torch.cuda.is_initialized():
+        return seconds_of(steps) * 1e3 / calls
+    if held_ms:
+        torch.cuda._sleep(int(held_ms * CYCLES))
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    steps()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / calls
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    """How long one call takes, a GPU's work included."""
+    synchronize()
+    start = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def synchronize() -> None:
+    """Wait for what a GPU still has in its queue."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def calls_in(reading_ms: float, step: Callable[[], object]) -> int:
+    """How many steps take so many milliseconds together; two are taken to find out."""
+    warm = min(milliseconds(step) for _ in range(2))
+    return max(1, math.ceil(reading_ms / max(warm, 1e-3)))
