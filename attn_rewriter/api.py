@@ -76,6 +76,13 @@ def _calling(model: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
+def as_it_was(call: Any) -> Any:
+    """Of a call of a module that was compiled in place, what it would be if it were not; anything else stays itself."""
+    owner = getattr(call, "__self__", None)
+    is_call = isinstance(owner, nn.Module) and getattr(call, "__func__", None) is type(owner).__call__
+    return _calling(owner) if is_call and owner in _backends else call  # type: ignore[arg-type]
+
+
 def report_of(model: Any) -> Report:
     """What was rewritten in the graphs that `optimize(model)` has compiled so far.
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from attn_rewriter.api import compile_in_place
+from attn_rewriter.api import as_it_was, compile_in_place
 from attn_rewriter.backend import Backend
 from attn_rewriter.options import Options
 from attn_rewriter.report import Report
@@ -76,7 +76,9 @@ class Patch:
     ) -> Any:
         if backend != "inductor":
             return original(model, backend=backend, mode=mode, options=options, **kwargs)
-        return original(model, backend=self._backend(mode, options), **kwargs)
+        # The call of a model from `from_pretrained`, which is compiled already: `generate` compiles it once more for
+        # single tokens, with CUDA graphs, and of two such compilations the inner one counts.
+        return original(as_it_was(model), backend=self._backend(mode, options), **kwargs)
 
     def _patch_transformers(self, module: ModuleType) -> None:
         for name in ("from_pretrained", "_from_config"):

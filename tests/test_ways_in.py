@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import AutoModel, BertConfig
 
 import attn_rewriter
 from attn_rewriter import Backend, Device, Options, RewriteError
@@ -182,6 +184,25 @@ def test_patch_reaches_other_peoples_compile(model: nn.Module, x: torch.Tensor) 
     attn_rewriter.unpatch()
     attn_rewriter.unpatch()
     assert torch.compile is original
+
+
+def test_patch_compiles_a_call_as_it_is_asked_to() -> None:
+    """As `generate` does it: a model from transformers, compiled in place for prompts, is compiled again for tokens."""
+    seen: list[str] = []
+
+    def compiler(gm: torch.fx.GraphModule, inputs: Any, name: str) -> Any:
+        seen.append(name)
+        return gm.forward
+
+    config = BertConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
+    ids = torch.randint(0, 99, (2, 9))
+    with attn_rewriter.patch(compiler=partial(compiler, name="in place")):
+        model = AutoModel.from_config(config, attn_implementation="eager").eval()
+        expected = model(ids)[0]
+        with attn_rewriter.patch(compiler=partial(compiler, name="again")) as patched:
+            again = torch.compile(model.__call__)
+            torch.testing.assert_close(again(ids)[0], expected)
+    assert seen == ["in place", "again"] and patched.report.n_fused == 2
 
 
 def test_patch_leaves_other_backends_alone(model: nn.Module, x: torch.Tensor) -> None:

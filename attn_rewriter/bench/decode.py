@@ -137,8 +137,9 @@ def plot(results: Results, sizes: Sizes, kernels: list[str], path: Path) -> None
         for kernel in kernels:
             cells = {filled: results.get(column(filled, mask), kernel) for filled in sizes.filled}
             points = [(filled, cell["ms"]) for filled, cell in cells.items() if "ms" in cell]
+            chosen = {"marker": "o", "markerfacecolor": "none", "linestyle": "none", "color": "black"}
             if points:
-                panel.plot(*zip(*points), marker=".", label=kernel)
+                panel.plot(*zip(*points), label=kernel, **(chosen if kernel == "auto" else {"marker": "."}))
         if top:
             bound = [read * filled / top / 1e6 for filled in sizes.filled]
             panel.plot(sizes.filled, bound, color="gray", linestyle=":", label=CEILING)
