@@ -22,7 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils._sympy.functions import Max, Min
 
 from attn_rewriter.errors import refuse
-from attn_rewriter.spec import Size
+from attn_rewriter.spec import Size, same
 
 # Each row: canonical name(parameters): its spellings. `.name` is a method; `*x` takes what is left; `x:y` is a
 # parameter whose keyword is spelled y. A method's and an operator's in-place form come with it.
@@ -279,7 +279,7 @@ def _normalise(found: Call, node: Node) -> Call | None:
         if ndim is None:
             return Call("unpack", args)
         index = args["index"] if isinstance(args["index"], tuple) else (args["index"],)
-        if all(item is None or item is Ellipsis or item == slice(None) for item in index):
+        if _takes_all(index, args["input"], node):
             return Call("reshape", {"input": args["input"]})
         return Call(name, {"input": args["input"], "index": index})
     if name == "reshape" and (tensor(node) is None or value is None or tensor(node).dtype != value.dtype):  # type: ignore[union-attr]
@@ -293,6 +293,17 @@ def _normalise(found: Call, node: Node) -> Call | None:
     if name in ("max", "min") and tensor(args["dim"]) is not None:
         return Call(f"{name}imum", {"input": args["input"], "other": args["dim"]})
     return found
+
+
+def _takes_all(index: tuple[Any, ...], indexed: Node, result: Node) -> bool:
+    """Whether an index leaves no element out, and each in its place."""
+    if not all(item is None or item is Ellipsis or isinstance(item, slice) for item in index):
+        return False
+    slices = [item for item in index if isinstance(item, slice) and item != slice(None)]
+    if not slices:
+        return True
+    forward = all(item.step is None or item.step == 1 for item in slices)
+    return forward and tensor(result) is not None and same(math.prod(shape(result)), math.prod(shape(indexed)))
 
 
 _AUGMENTED = frozenset(

@@ -150,6 +150,12 @@ def scale_negative(q, k, v):
     return (-(q @ k.mT)).softmax(-1) @ v
 
 
+@spelling()
+def sliced_to_its_own_length(q, k, v):
+    scores = (q @ k.mT * D**-0.5)[:, :, :, : k.shape[-2]]
+    return scores.softmax(-1)[..., : v.size(-2)] @ v
+
+
 @spelling("scale tensor")
 def scale_learned_per_head(q, k, v, tau):
     return (q @ k.mT * tau).softmax(-1) @ v
