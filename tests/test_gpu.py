@@ -29,13 +29,15 @@ pytestmark = [
 
 
 @contextmanager
-def skipped_where_refused() -> Iterator[None]:
+def skipped_where_refused(reason: str = "") -> Iterator[None]:
+    """Where the kernel that was asked for says that it can't, with these words."""
     try:
         yield
     except BackendCompilerFailed as failed:
-        if not isinstance(failed.inner_exception, KernelUnavailable):
+        refused = failed.inner_exception
+        if not isinstance(refused, KernelUnavailable) or reason not in str(refused):
             raise
-        pytest.skip(str(failed.inner_exception))
+        pytest.skip(str(refused))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -163,11 +165,17 @@ def test_flash_attention(kernel: str, layout: str, name: str, dtype: torch.dtype
 
 @pytest.mark.parametrize("kv_heads", [8, 2])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["full", "causal", "cross"])
-@pytest.mark.parametrize("layout", ["heads first", "positions first", "packed"])
+@pytest.mark.parametrize(
+    ("name", "layout", "dtype"),
+    [
+        ("full", "heads first", torch.bfloat16),
+        ("causal", "positions first", torch.bfloat16),
+        ("causal", "packed", torch.float16),
+        ("cross", "packed", torch.bfloat16),
+    ],
+)
 @pytest.mark.parametrize("kernel", ["cudnn", "flash", *PAIRS])
-def test_mixed_passes(kernel: str, layout: str, name: str, dtype: torch.dtype, head_dim: int, kv_heads: int) -> None:
+def test_mixed_passes(kernel: str, name: str, layout: str, dtype: torch.dtype, head_dim: int, kv_heads: int) -> None:
     """PyTorch's own attention by name, and the passes of every two kernels: the logsumexp of one is that of another."""
     q_len, upper = (200 if name == "cross" else 384), 0 if name == "causal" else None
 
@@ -182,13 +190,8 @@ def test_mixed_passes(kernel: str, layout: str, name: str, dtype: torch.dtype, h
         x = x[:, :, 0].transpose(1, 2)
         inputs.append((x.contiguous() if layout == "heads first" else x).requires_grad_())
     function, report = rewritten(attention, kernel=kernel)
-    try:
+    with skipped_where_refused("not installed"):
         fused = with_gradients(function, inputs)
-    except Exception as error:
-        cause = getattr(error, "inner_exception", error)
-        if isinstance(cause, KernelUnavailable) and "not installed" in str(cause):
-            pytest.skip(str(cause))
-        raise
     assert [site.kernel for site in report().sites] == [kernel]
     assert_as_accurate(fused, with_gradients(attention, inputs), truth(attention, inputs))
 

@@ -1158,7 +1158,7 @@ def everything_dropped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def test_sizes_that_cuda_kernels_do_not_take(masked: bool) -> None:
     """They raise from 65536 batches on, and read the wrong element of a mask from 2**32 on."""
     modifiers = (Mask("mask0", TensorMask("mask0", ("query", "key")), "keep"),) if masked else ()
-    hopper, plain = Device("cuda", (9, 0)), Shapes(2, 8, 8, 64, 64, 64, 64, torch.bfloat16)
+    hopper, plain = Device("cuda", (9, 0)), Shapes(2, 8, 8, 64, 64, 64, 64, torch.bfloat16, needs_backward=True)
     assert isinstance(choose(AttentionSpec(modifiers), plain, hopper), Choice)
     assert isinstance(choose(AttentionSpec(modifiers), replace(plain, batch=2**16), hopper), Refusal)
     long = choose(AttentionSpec(modifiers), replace(plain, q_len=2**17, kv_len=2**17), hopper)

@@ -74,7 +74,7 @@ def holds(
     q: torch.Tensor,
     k: torch.Tensor,
     *,
-    wide: Callable[[Any], Any] = torch.Tensor.long,
+    wide: Callable[[Any], Any] = operator.methodcaller("long"),
 ) -> torch.Tensor:
     """A predicate at (batch, head, query, key), each an integer tensor: the 0-d ones of a FlexAttention `mask_mod`,
     or `coordinates` that broadcast to the scores. Of the tensors, only those that the predicate names are read.
