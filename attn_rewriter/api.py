@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import count
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -18,6 +19,7 @@ from attn_rewriter.report import Report
 Model = TypeVar("Model", bound=Callable[..., Any])
 
 _backends: WeakKeyDictionary[Any, Backend] = WeakKeyDictionary()
+_number = count()
 
 
 def optimize(
@@ -62,25 +64,20 @@ def optimize(
 def compile_in_place(model: nn.Module, backend: Backend, **options: Any) -> None:
     """What `nn.Module.compile` does, for modules of torch itself as well: Dynamo skips a call that begins in torch's
     own files, as that of `nn.TransformerEncoder` does, but not one that leads there from ours."""
-    model._compiled_call_impl = torch.compile(_calling(model), backend=backend, **options)
+    model._compiled_call_impl = torch.compile(calling(model), backend=backend, **options)
     _backends[model] = backend
 
 
-def _calling(model: Callable[..., Any]) -> Callable[..., Any]:
+def calling(model: Callable[..., Any]) -> Callable[..., Any]:
     """A function of this file that calls a model as it is, compiled or not."""
     call = model._call_impl if isinstance(model, nn.Module) else model
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return call(*args, **kwargs)
 
+    # Dynamo counts compilations, and remembers which sizes change, by code and by name: models must not share them.
+    forward.__code__ = forward.__code__.replace(co_name=f"forward_{next(_number)}")
     return forward
-
-
-def as_it_was(call: Any) -> Any:
-    """Of a call of a module that was compiled in place, what it would be if it were not; anything else stays itself."""
-    owner = getattr(call, "__self__", None)
-    is_call = isinstance(owner, nn.Module) and getattr(call, "__func__", None) is type(owner).__call__
-    return _calling(owner) if is_call and owner in _backends else call  # type: ignore[arg-type]
 
 
 def report_of(model: Any) -> Report:
@@ -117,7 +114,7 @@ def explain(
     # A report of its own for each call: the many compilations of one function must not meet Dynamo's limit for them.
     unlimited = {"recompile_limit": 1 << 20, "accumulated_recompile_limit": 1 << 20}
     with torch._dynamo.config.patch(unlimited):
-        torch.compile(_calling(model), backend=backend)(*args, **kwargs)
+        torch.compile(calling(model), backend=backend)(*args, **kwargs)
     return backend.report
 
 

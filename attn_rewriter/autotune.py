@@ -40,6 +40,7 @@ from attn_rewriter.timing import calls_in, milliseconds
 log = logging.getLogger("attn_rewriter")
 
 _READINGS, _READING_MS = 5, 10.0  # for each kernel and pass
+_METHOD = 2  # of timing: files of another say something else
 _PACKAGES = ("torch", "triton", "attn-rewriter", *(kernel.distribution for kernel in Flash.versions.values()))
 
 Times = dict[str, float]
@@ -114,15 +115,16 @@ def _time(found: Description, device: Device, name: str) -> tuple[float, ...]:
         if output.requires_grad:
             torch.autograd.grad(output, wanted, torch.ones_like(output), allow_unused=True)
 
-    alone = _milliseconds(forward)
-    return (alone, max(_milliseconds(both) - alone, 0.0)) if found.shapes.needs_backward else (alone,)
+    cuda = device.type == "cuda"
+    alone = _milliseconds(forward, cuda)
+    return (alone, max(_milliseconds(both, cuda) - alone, 0.0)) if found.shapes.needs_backward else (alone,)
 
 
-def _milliseconds(step: Callable[[], Any]) -> float:
+def _milliseconds(step: Callable[[], Any], cuda: bool) -> float:
     """Launching not counted: in a model, one thing is launched while another runs."""
     step()
-    calls = calls_in(_READING_MS, step)
-    return statistics.median(milliseconds(step, calls, held_ms=2 * _READING_MS) for _ in range(_READINGS))
+    calls = calls_in(_READING_MS, step, cuda=cuda)
+    return statistics.median(milliseconds(step, calls, held_ms=2 * _READING_MS, cuda=cuda) for _ in range(_READINGS))
 
 
 def _compiled(function: Callable[..., torch.Tensor], args: Sequence[Any]) -> Callable[..., torch.Tensor]:
@@ -185,6 +187,7 @@ def _about(found: Description, device: Device, names: Sequence[str]) -> dict[str
     """All that the times depend on, lengths up to the next power of two."""
     shapes = replace(found.shapes, q_len=_bucket(found.shapes.q_len), kv_len=_bucket(found.shapes.kv_len))
     return {
+        "method": _METHOD,
         "device": [device.type, device.capability, device.name, torch.get_num_threads()],
         "versions": {name: version(name) or "" for name in _PACKAGES},
         "spec": repr(found.spec),

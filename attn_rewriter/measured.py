@@ -46,4 +46,4 @@ def passes(shapes: Shapes, causal: bool, device: Device) -> dict[str, tuple[floa
 
 
 def _typical(size: Any) -> int:
-    return size if isinstance(size, int) else TYPICAL_LENGTH
+    return max(size, 1) if isinstance(size, int) else TYPICAL_LENGTH

@@ -11,10 +11,12 @@ import threading
 from collections.abc import Callable, Mapping
 from types import ModuleType, TracebackType
 from typing import Any
+from weakref import WeakSet
 
 import torch
+from torch import nn
 
-from attn_rewriter.api import as_it_was, compile_in_place
+from attn_rewriter.api import calling, compile_in_place
 from attn_rewriter.backend import Backend
 from attn_rewriter.options import Options
 from attn_rewriter.report import Report
@@ -76,9 +78,20 @@ class Patch:
     ) -> Any:
         if backend != "inductor":
             return original(model, backend=backend, mode=mode, options=options, **kwargs)
-        # The call of a model from `from_pretrained`, which is compiled already: `generate` compiles it once more for
-        # single tokens, with CUDA graphs, and of two such compilations the inner one counts.
-        return original(as_it_was(model), backend=self._backend(mode, options), **kwargs)
+        return original(self._uncompiled(model), backend=self._backend(mode, options), **kwargs)
+
+    def _uncompiled(self, model: Any) -> Any:
+        """A model that the patch compiled in place, as it was: of two compilations the inner one counts, and it is the
+        outer one that was asked for. `generate` compiles the call of a model once more, for single tokens and with CUDA
+        graphs: then what is in place stays, for prompts."""
+        owner = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
+        if not isinstance(owner, nn.Module) or owner not in _in_place:
+            return model
+        if getattr(model, "__func__", None) is type(owner).__call__:
+            return calling(owner)
+        owner._compiled_call_impl = None
+        _in_place.discard(owner)
+        return model
 
     def _patch_transformers(self, module: ModuleType) -> None:
         for name in ("from_pretrained", "_from_config"):
@@ -100,6 +113,7 @@ class Patch:
             if outermost:
                 model = made[0] if isinstance(made, tuple) else made  # output_loading_info=True
                 compile_in_place(model, self._backend())
+                _in_place.add(model)
             return made
 
         return wrapper
@@ -133,6 +147,8 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
 
 _patches: list[Patch] = []
+_in_place: WeakSet[nn.Module] = WeakSet()
+"""What patches have compiled."""
 
 
 def patch(**options: Any) -> Patch:

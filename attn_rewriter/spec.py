@@ -135,10 +135,10 @@ class Index:
         terms = dict(self.terms)
         for term, coefficient in other.terms:
             terms[term] = terms.get(term, 0) + coefficient
-        return Index(self.offset + other.offset, tuple((t, c) for t, c in terms.items() if c != 0))
+        return Index(_plain(self.offset + other.offset), tuple((t, c) for t, c in terms.items() if c != 0))
 
     def __mul__(self, factor: Any) -> Index:
-        return Index(self.offset * factor, tuple((t, c * factor) for t, c in self.terms if factor != 0))
+        return Index(_plain(self.offset * factor), tuple((t, c * factor) for t, c in self.terms if factor != 0))
 
     def __neg__(self) -> Index:
         return self * -1
@@ -182,6 +182,11 @@ class Index:
         if self.offset != 0 or not words:
             words.append(str(self.offset))
         return " + ".join(words).replace("+ -", "- ")
+
+
+def _plain(number: Any) -> Any:
+    """A whole number that came out of symbols as Python has it: sizes are told apart by their type."""
+    return int(number) if isinstance(number, sympy.Integer) else number
 
 
 def _times(term: Any, coefficient: int) -> str:

@@ -12,8 +12,11 @@ CYCLES = 2_000_000
 """Of a GPU's clock, in a millisecond."""
 
 
-def milliseconds(step: Callable[[], object], calls: int = 1, *, held_ms: float = 0.0) -> float:
-    """How long one of `calls` steps in a row takes: between two events on a GPU in use, else by the clock.
+def milliseconds(
+    step: Callable[[], object], calls: int = 1, *, held_ms: float = 0.0, cuda: bool | None = None
+) -> float:
+    """How long one of `calls` steps in a row takes: between two events on CUDA, else by the clock. `cuda` is whether
+    the steps run there (None: where it is in use).
 
     The GPU first sleeps for `held_ms`. Steps that are launched in this time run back to back.
     """
@@ -22,7 +25,7 @@ def milliseconds(step: Callable[[], object], calls: int = 1, *, held_ms: float =
         for _ in range(calls):
             step()
 
-    if not torch.cuda.is_initialized():
+    if not (torch.cuda.is_initialized() if cuda is None else cuda):
         return seconds_of(steps) * 1e3 / calls
     if held_ms:
         torch.cuda._sleep(int(held_ms * CYCLES))
@@ -45,11 +48,14 @@ def seconds_of(run: Callable[[], object]) -> float:
 
 def synchronize() -> None:
     """Wait for what a GPU still has in its queue."""
+    other = torch.accelerator.is_available() and torch.accelerator.current_accelerator().type != "cuda"  # type: ignore[union-attr]
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
+    elif other:
+        torch.accelerator.synchronize()
 
 
-def calls_in(reading_ms: float, step: Callable[[], object]) -> int:
+def calls_in(reading_ms: float, step: Callable[[], object], *, cuda: bool | None = None) -> int:
     """How many steps take so many milliseconds together; two are taken to find out."""
-    warm = min(milliseconds(step) for _ in range(2))
+    warm = min(milliseconds(step, cuda=cuda) for _ in range(2))
     return max(1, math.ceil(reading_ms / max(warm, 1e-3)))

@@ -222,11 +222,14 @@ def _block_sparse(
     mask_mod: Any, aux_tensors: list[Tensor] | None, blocks: BlockSparseTensorsTorch, q: Tensor, k: Tensor, by_key: bool
 ) -> Tensor:
     """What is kept: all of the full blocks, what the function keeps of the partial ones, nothing of the others. Listed
-    are the blocks of keys of each block of queries, or the other way round."""
+    are the blocks of keys of each block of queries, or the other way round. The function is also asked for the rows of
+    the last block that are not there."""
     sizes = q.size(0), q.size(2), q.size(1), k.size(1)
-    at = [torch.arange(n, dtype=torch.int32).view([-1 if i == j else 1 for j in range(4)]) for i, n in enumerate(sizes)]
+    asked = *sizes[:2], sizes[2] + -sizes[2] % blocks.block_size[0], sizes[3]
+    at = [torch.arange(n, dtype=torch.int32).view([-1 if i == j else 1 for j in range(4)]) for i, n in enumerate(asked)]
     seqlen_info = SimpleNamespace(seqlen_q=q.size(1), seqlen_k=k.size(1))
     keep = mask_mod(*at, seqlen_info, [_Aux(x) for x in aux_tensors] if aux_tensors else None)
+    keep = keep.expand(torch.broadcast_shapes(keep.shape, (1, 1, asked[2], 1)))[..., : sizes[2], :]
 
     def listed(counts: Tensor, indices: Tensor) -> Tensor:
         taken = torch.arange(indices.size(-1)) < counts.unsqueeze(-1)
@@ -243,7 +246,7 @@ class _Aux:
 
     def __init__(self, x: Tensor) -> None:
         assert x.ndim == 1 and x.is_contiguous()
-        self.element_type, self._x = x.dtype, x
+        self._x = x
 
     def __getitem__(self, i: Tensor | int) -> Tensor:
         return self._x[i]
@@ -341,7 +344,7 @@ def installed(*, newer: bool = False, **versions: str | None) -> Iterator[None]:
         **_module("flash_attn.cute.interface", _version_4()),
         **_module("flash_attn.cute.block_sparsity", {"BlockSparseTensorsTorch": BlockSparseTensorsTorch}),
         **_module("flash_attn.cute.utils", {"ssa_to_scalar": lambda x: x, "scalar_to_ssa": lambda x, dtype: x}),
-        **_module("cutlass", {"Int64": torch.Tensor.long, "Int32": lambda x: x, "Uint8": torch.uint8}),
+        **_module("cutlass", {"Int64": torch.Tensor.long, "Int32": lambda x: x, "min": lambda x, n: x.clamp(max=n)}),
     }
     real = metadata.version
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from attn_rewriter import AttentionSpec, Device, measured
@@ -256,6 +257,39 @@ def test_the_newer_form_of_version_3() -> None:
 def test_blackwell_has_no_backward_pass_with_a_softcap_at_head_dim_256() -> None:
     spec = AttentionSpec((Scale(0.0625), Softcap(50.0)))
     assert "with a softcap" in "; ".join(KERNELS["fa4"].refusals(spec, shapes(head_dim=256), Device.parse("sm_100")))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64], ids=str)
+def test_masks_of_integers_of_any_type(dtype: torch.dtype) -> None:
+    """Booleans are handed over as bytes, and bytes as themselves."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, document: Tensor) -> Tensor:
+        scores = (q @ k.mT).masked_fill(document[:, None, :, None] != document[:, None, None], float("-inf"))
+        return scores.softmax(-1) @ v
+
+    inputs = [torch.randn(2, 2, 40, 32, dtype=torch.bfloat16) for _ in range(3)]
+    inputs.append((torch.arange(40) // 10 + 1).to(dtype).expand(2, 40))
+    function, report = rewritten(attention, kernel="fa4", device="sm_90")
+    fused = function(*inputs)
+    assert report().n_fused == 1
+    assert_as_accurate(fused, attention(*inputs), truth(attention, inputs)[0])
+
+
+def test_a_mask_whose_symbols_cancel_out() -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+        n = q.size(-2)
+        i = torch.arange(n)
+        keep = (i + n <= (i + n)[:, None]) & padding[:, None, None]
+        return (q @ k.mT).masked_fill(~keep, float("-inf")).softmax(-1) @ v
+
+    function, report = rewritten(attention, kernel="fa4", device="sm_90")
+    for length in (40, 50):
+        inputs = [torch.randn(2, 2, length, 32, dtype=torch.bfloat16) for _ in range(3)]
+        inputs.append((torch.arange(length) != 5).expand(2, length).contiguous())
+        for x, dim in zip(inputs, (2, 2, 2, 1)):
+            torch._dynamo.mark_dynamic(x, dim)
+        assert_as_accurate(function(*inputs), attention(*inputs), truth(attention, inputs)[0])
+    assert {site.kernel for site in report().sites} == {"fa4"}
 
 
 @pytest.mark.parametrize("keep", [Band(None, -1), Band(1, 5)], ids=str)

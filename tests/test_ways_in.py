@@ -22,6 +22,8 @@ import attn_rewriter
 from attn_rewriter import Backend, Device, Options, RewriteError
 from attn_rewriter.kernels import KERNELS, Kernel
 
+BERT = BertConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
+
 
 class Attention(nn.Module):
     """Causal self-attention as in a hundred repositories."""
@@ -194,15 +196,47 @@ def test_patch_compiles_a_call_as_it_is_asked_to() -> None:
         seen.append(name)
         return gm.forward
 
-    config = BertConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
     ids = torch.randint(0, 99, (2, 9))
     with attn_rewriter.patch(compiler=partial(compiler, name="in place")):
-        model = AutoModel.from_config(config, attn_implementation="eager").eval()
+        model = AutoModel.from_config(BERT, attn_implementation="eager").eval()
         expected = model(ids)[0]
         with attn_rewriter.patch(compiler=partial(compiler, name="again")) as patched:
             again = torch.compile(model.__call__)
             torch.testing.assert_close(again(ids)[0], expected)
     assert seen == ["in place", "again"] and patched.report.n_fused == 2
+
+
+@pytest.mark.parametrize("what", ["module", "forward"])
+def test_patch_leaves_it_to_those_who_compile_themselves(what: str) -> None:
+    """How a model from transformers is compiled is for them to say."""
+    seen: list[str] = []
+
+    def compiler(gm: torch.fx.GraphModule, inputs: Any, name: str) -> Any:
+        seen.append(name)
+        return gm.forward
+
+    ids = torch.randint(0, 99, (2, 9))
+    with attn_rewriter.patch(compiler=partial(compiler, name="in place")):
+        model = AutoModel.from_config(BERT, attn_implementation="eager").eval()
+        with attn_rewriter.patch(compiler=partial(compiler, name="asked for")):
+            if what == "module":
+                torch.compile(model)(ids)
+            else:
+                model.forward = torch.compile(model.forward)
+                model(ids)
+    assert seen == ["asked for"]
+
+
+def test_models_do_not_count_as_compilations_of_each_other() -> None:
+    """Dynamo gives up on what was compiled 8 times, and takes a size that changed for one that will change."""
+    n_models = torch._dynamo.config.recompile_limit + 2
+    reports = []
+    for length in range(5, 5 + n_models):
+        model = attn_rewriter.optimize(Attention(), compiler="eager")
+        model(torch.randn(2, length, 32))
+        reports.append(attn_rewriter.report_of(model))
+    assert [report.n_fused for report in reports] == [1] * n_models
+    assert not any(site.shapes.is_dynamic for report in reports for site in report.sites if site.shapes)
 
 
 def test_patch_leaves_other_backends_alone(model: nn.Module, x: torch.Tensor) -> None:

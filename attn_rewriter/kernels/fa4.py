@@ -7,6 +7,7 @@ heads. FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1 makes it keep them on disk.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import attn_rewriter.spec
 from attn_rewriter.device import Device
 from attn_rewriter.kernels import masking
 from attn_rewriter.kernels.blocks import BLOCK, mask_names
@@ -31,7 +33,7 @@ class FA4(Flash):
     name = "fa4"
     distribution = "flash-attn-4"
     module = "flash_attn.cute.interface"
-    at_least = "4.0.0b30"
+    at_least = "4.0.0b36"  # its functions are not public, and change from one to the next
 
     def refusals(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> list[str]:
         reasons = super().refusals(spec, shapes, device)
@@ -54,12 +56,16 @@ class FA4(Flash):
         reasons = []
         if (device.capability or (0, 0))[0] != 9:  # elsewhere its blocks have other sizes
             reasons.append(f"takes masks on sm_90 alone: {form.no_window}")
-        if any(form.mask.sizes()):
+        if next(form.mask.sizes(), None) is not None:
             reasons.append("takes masks whose lengths and offsets are known")
         if not isinstance(shapes.head_dim, int) or shapes.head_dim > 128:
             reasons.append(f"takes masks up to head_dim 128, here {shapes.head_dim}")
         if not isinstance(shapes.num_heads, int):
             reasons.append("takes masks where the number of heads is known")
+        sizes = dict(zip(_SCORES, (shapes.batch, shapes.num_heads, shapes.q_len, shapes.kv_len)))
+        counts = [math.prod(sizes[axis] for axis in axes) for axes in _axes(form.mask).values()]
+        if any(isinstance(count, int) and count >= 2**31 for count in counts):
+            reasons.append("takes masks of less than 2**31 elements")
         if shapes.needs_backward and torch.are_deterministic_algorithms_enabled():
             reasons.append("has no deterministic backward pass with a mask")
         return reasons
@@ -160,34 +166,38 @@ def _mask_mod(mask: Predicate, num_heads: int) -> Callable[..., Any]:
     from flash_attn.cute.utils import scalar_to_ssa, ssa_to_scalar
 
     axes = _axes(mask)
+    boolean = {str(part.tensor) for part in parts(mask) if isinstance(part, TensorMask) and not part.additive}
 
     def mask_mod(b: Any, h: Any, q: Any, k: Any, seqlen_info: Any, auxiliary: Any) -> Any:
         sizes = dict(zip(_SCORES, (None, num_heads, seqlen_info.seqlen_q, seqlen_info.seqlen_k)))
         tensors: Any = {}
         for name, flat in zip(mask_names(mask), auxiliary or ()):
-            tensors[name] = _Flat(flat, tuple((axis in axes[name], sizes[axis]) for axis in _SCORES), cutlass)
+            varies = tuple((axis in axes[name], sizes[axis]) for axis in _SCORES)
+            tensors[name] = _Flat(flat, varies, name in boolean, cutlass.Int64)
         b, h, q, k = map(ssa_to_scalar, (b, h, q, k))
+        q = cutlass.min(q, seqlen_info.seqlen_q - 1)  # it asks for rows of the last tile that are not there
         kept = masking.holds(mask, tensors, b, h, q, k, wide=cutlass.Int64)
         return scalar_to_ssa(cutlass.Int32(kept), cutlass.Int32)
 
     # It keeps what it compiled by this, on disk as well.
-    code = repr((mask, num_heads)).encode() + b"".join(Path(f).read_bytes() for f in (__file__, masking.__file__))
+    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(attn_rewriter.spec.__file__)]
+    code = repr((mask, num_heads)).encode() + b"".join(file.read_bytes() for file in files)
     mask_mod.__cute_hash__ = hashlib.sha256(code).hexdigest()  # type: ignore[attr-defined]
     return mask_mod
 
 
 class _Flat:
     """A tensor of one dimension that is read at (batch, head, query, key); `axes` are whether it varies over each, and
-    the size."""
+    the size. Where it is `boolean`, it holds bytes."""
 
-    def __init__(self, tensor: Any, axes: tuple[tuple[bool, Any], ...], cutlass: Any) -> None:
-        self._tensor, self._axes, self._cutlass = tensor, axes, cutlass
+    def __init__(self, tensor: Any, axes: tuple[tuple[bool, Any], ...], boolean: bool, wide: Any) -> None:
+        self._tensor, self._axes, self._boolean, self._wide = tensor, axes, boolean, wide
 
     def __getitem__(self, at: tuple[Any, ...]) -> Any:
         offset: Any = 0
         for i, (varies, size) in zip(at, self._axes):
             if varies:
-                i = self._cutlass.Int64(i)
+                i = self._wide(i)
                 offset = i if isinstance(offset, int) else offset * size + i
         element = self._tensor[offset]
-        return element != 0 if self._tensor.element_type is self._cutlass.Uint8 else element
+        return element != 0 if self._boolean else element

@@ -186,7 +186,7 @@ def attend(forward: Flash, backward: Flash, spec: AttentionSpec, shapes: Shapes,
     if isinstance(spec.sinks, str):
         sinks = tensors[spec.sinks].squeeze(-1)
     elif spec.sinks is not None:
-        sinks = torch.full((1, 1, 1), spec.sinks, device=query.device)
+        sinks = torch.full((1, 1, 1), spec.sinks, dtype=torch.float32, device=query.device)
     blocks: list[Tensor] = []
     masks: list[Tensor] = []
     if form.mask is not None:
