@@ -34,6 +34,7 @@ WIDE = replace(ONE, dtype=torch.float32, kv_len=150)
 SCALE = Scale(0.3)
 PADDING = Mask("mask", TensorMask("mask", ("batch", "key")), "keep")
 PAIRS = Mask("pairs", TensorMask("pairs", ("batch", "head", "query", "key")), "drop")
+QUERIES = Mask("queries", TensorMask("queries", ("batch", "query")), "keep")
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +64,9 @@ def drawn(at: Shapes, seed: int, **more: Tensor) -> dict[str, Tensor]:
         "additive": torch.zeros_like(keep, dtype=at.dtype).masked_fill(~keep, torch.finfo(at.dtype).min),
         "bias": draw(1, at.num_heads, at.q_len, at.kv_len),
         "alibi": draw(1, at.num_heads, 1, at.kv_len),
+        "by query": draw(1, 1, at.q_len, 1),
+        "number": draw(1, 1, 1, 1),
+        "queries": torch.ones(at.batch, 1, at.q_len, 1, dtype=torch.bool, device=HERE),
         "factor": draw(1, at.num_heads, 1, 1).abs() + 1,
         "sinks": draw(1, at.num_heads, 1, 1),
         **more,
@@ -95,6 +99,9 @@ FORMS = {
     "additive": AttentionSpec((SCALE, Bias("additive"))),
     "bias and additive": AttentionSpec((SCALE, Bias("bias", 0.5), Bias("additive"))),
     "alibi, padding": AttentionSpec((SCALE, Bias("alibi"), PADDING)),
+    "bias of each query": AttentionSpec((SCALE, Bias("by query"))),
+    "one bias, alibi": AttentionSpec((SCALE, Bias("number"), Bias("alibi"))),
+    "mask of queries": AttentionSpec((SCALE, QUERIES)),
     "temperature, padding": AttentionSpec((ScaleBy("factor", inverse=True), SCALE, PADDING)),
     "sinks, padding": AttentionSpec((SCALE, PADDING), sinks="sinks"),
     "a sink of one": AttentionSpec((SCALE, PADDING), sinks=1.0),
@@ -287,3 +294,22 @@ def test_symbolic_lengths() -> None:
             torch._dynamo.mark_dynamic(x, dim)
         torch.testing.assert_close(function(q, k, v, keep), step(q, k, v, keep))
     assert [site.kernel for site in report().sites] == ["decode"]
+
+
+def test_caches_depend_on_its_code() -> None:
+    """PyTorch looks into the operator, but its caches know the operator's name and arguments alone."""
+    graphs = []
+
+    def compiler(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    function, _ = rewritten(
+        lambda q, k, v, mask: (q @ k.mT + mask).softmax(-1) @ v, device="sm_90", compiler=compiler, kernel="decode"
+    )
+    tensors = drawn(WIDE, 0)
+    key, value = (tensors[name].repeat_interleave(2, dim=1) for name in ("key", "value"))
+    with torch.no_grad():
+        function(tensors["query"], key, value, tensors["additive"])
+    (node,) = (x for graph in graphs for x in graph.graph.nodes if x.target is torch.ops.attn_rewriter.decode.default)
+    assert node.args[-1] == split_keys.CODE

@@ -61,7 +61,7 @@ class Form:
 
         kv_heads = self.kv_heads or self.heads
         extra = {
-            name: x.detach().to(dtype).requires_grad_(x.requires_grad) if x.is_floating_point() else x
+            name: x.detach().to(dtype).nan_to_num().requires_grad_(x.requires_grad) if x.is_floating_point() else x
             for name, x in self.extra(self, device).items()
         }
         return {"q": draw(self.heads), "k": draw(kv_heads), "v": draw(kv_heads), **extra}

@@ -33,6 +33,8 @@ def decode_form(modifiers: Sequence[Modifier]) -> DecodeForm | str:
     """The modifiers as a `DecodeForm`, or the reason why they are none."""
     cap = next((modifier for modifier in modifiers if isinstance(modifier, Softcap)), None)
     at = len(modifiers) if cap is None else modifiers.index(cap)
+    if cap is not None and any(isinstance(modifier, Mask) for modifier in modifiers[:at]):
+        return "hides keys before a softcap"
     before, after = (AttentionSpec(tuple(part)).affine() for part in (modifiers[:at], modifiers[at + 1 :]))
     if isinstance(before, str):
         return before
@@ -70,6 +72,8 @@ class Decode(Kernel):
             reasons.append(f"takes at most {MAX_QUERIES} queries, here {shapes.q_len}")
         if not isinstance(shapes.num_heads, int):
             reasons.append("needs the number of heads to be known")
+        if 0 in (shapes.batch, shapes.q_len, shapes.kv_len):
+            reasons.append("takes no empty tensors")
         if shapes.needs_backward:
             reasons.append("has no backward pass")
         if spec.dropout_p:
@@ -79,7 +83,7 @@ class Decode(Kernel):
         return reasons
 
     def attend(self, spec: AttentionSpec, shapes: Shapes, device: Device, tensors: Tensors) -> torch.Tensor:
-        from attn_rewriter.kernels.split_keys import decode
+        from attn_rewriter.kernels import split_keys
 
         form = decode_form(spec.modifiers)
         assert not isinstance(form, str)
@@ -93,6 +97,5 @@ class Decode(Kernel):
         sinks = tensors[spec.sinks] if isinstance(spec.sinks, str) else spec.sinks
         if isinstance(sinks, float):
             sinks = query.new_full((1, 1, 1, 1), sinks, dtype=torch.float32)
-        return decode(
-            query, key, value, keep_mask(masks, shapes, tensors), biases, sinks, form.scale, form.softcap, form.factor
-        )
+        keep, numbers = keep_mask(masks, shapes, tensors), (form.scale, form.softcap, form.factor)
+        return split_keys.decode(query, key, value, keep, biases, sinks, *numbers, split_keys.CODE)

@@ -58,7 +58,7 @@ class FlashForm:
 
 def flash_form(spec: AttentionSpec, shapes: Shapes) -> FlashForm | str:
     """The spec as a `FlashForm`, or the reason why it is none."""
-    scale, softcap = 1.0, 0.0
+    scale, softcap, masked = 1.0, 0.0, False
     query_scales: list[ScaleBy] = []
     for modifier in spec.modifiers:
         match modifier:
@@ -66,12 +66,14 @@ def flash_form(spec: AttentionSpec, shapes: Shapes) -> FlashForm | str:
                 scale *= factor
             case ScaleBy(per_key=False) if not softcap:
                 query_scales.append(modifier)
-            case Softcap(cap) if not softcap:
+            case Softcap(cap) if not softcap and not masked:
                 softcap = cap
             case Mask():
-                pass
+                masked = True
             case _:
-                return f"computes no {modifier}" + (" after a softcap" if softcap else "")
+                return f"computes no {modifier}" + (
+                    " after a softcap" if softcap else " after a mask" if masked else ""
+                )
     form = FlashForm(scale, tuple(query_scales), softcap)
     keep = spec.keep.within(shapes.q_len, shapes.kv_len)
     if keep == EVERY_KEY:

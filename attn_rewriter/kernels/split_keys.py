@@ -11,9 +11,11 @@ This module imports Triton, and is imported where the kernel runs. With `TRITON_
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from functools import lru_cache, reduce
 from operator import add
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from attn_rewriter.kernels import masking
 from attn_rewriter.kernels.masking import without_hidden
 
 _TILE_BYTES = 2**14  # of the keys of a block; as much of the values
@@ -99,7 +102,7 @@ def attend_to_splits(
     row = first_row + tl.arange(0, ROWS)
     head, position = (kv_head * GROUP + row // Q_LEN)[:, None], (row % Q_LEN)[:, None]
     real = row < GROUP * Q_LEN
-    d, d_v = tl.arange(0, D), tl.arange(0, D_V)
+    d, d_v = tl.arange(0, D).to(tl.int64), tl.arange(0, D_V).to(tl.int64)  # offsets may be of 64 bits
     q = tl.load(
         query + batch * query_b + head * query_h + position * query_q + d[None, :] * query_d,
         mask=real[:, None] & (d < HEAD_DIM)[None, :],
@@ -227,6 +230,7 @@ def _decode(
     scale: float,
     softcap: float,
     factor: float,
+    code: str,
 ) -> Tensor:
     batch, num_heads, q_len, head_dim = query.shape
     num_kv_heads, kv_len, head_dim_v = value.shape[1:]
@@ -235,8 +239,9 @@ def _decode(
     block, most_rows = tile_sizes(max(d, d_v), query.element_size())
     rows = min(most_rows, max(_MIN_TILE, triton.next_power_of_2(group * q_len)))
     for added in biases:
-        if added.size(1) == 1:  # what varies over the heads is no mask
+        if added.size(1) == 1 and added.size(-1) == kv_len:  # what varies over the heads, or no keys, is no mask
             keep = without_hidden(added, keep)
+    keep = None if keep is None else keep.expand(-1, -1, -1, kv_len)
     bias = reduce(add, biases) if biases else None
     blocks, counts = (query, query) if keep is None else active_blocks(keep, block, num_kv_heads)
     row_blocks = triton.cdiv(group * q_len, rows)
@@ -311,7 +316,10 @@ decode = torch.ops.attn_rewriter.decode.default
 """Query `[batch, num_heads, q_len, head_dim]`, key and value `[batch, num_kv_heads, kv_len, head_dim or head_dim_v]`,
 keep (boolean), each of the biases and sinks that broadcast to the scores, the sinks' last dimension being 1, to the
 output, `[batch, num_heads, q_len, head_dim_v]`: of scores that are multiplied by `scale`, capped where `softcap` is not
-zero, multiplied by `factor`, and biased."""
+zero, multiplied by `factor`, and biased. `code` is `CODE`."""
+
+CODE = hashlib.sha256(b"".join(Path(file).read_bytes() for file in (__file__, masking.__file__))).hexdigest()[:16]
+"""Of what PyTorch looks into, but does not count among what its caches depend on: another version must miss them."""
 
 
 def tile_sizes(d: int, item: int) -> tuple[int, int]:
@@ -322,7 +330,7 @@ def tile_sizes(d: int, item: int) -> tuple[int, int]:
 
 def number_of_splits(programs: Any, blocks: Any, device: torch.device) -> Any:
     """How many programs share out the blocks of keys, where there are so many programs without splits."""
-    wanted = _PROGRAMS * _processors(device) // programs
+    wanted = _PROGRAMS * _processors(device) // torch.sym_max(1, programs)
     return torch.sym_max(1, torch.sym_min(torch.sym_min(wanted, blocks), _MAX_SPLITS))
 
 
