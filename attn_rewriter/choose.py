@@ -43,7 +43,7 @@ def order(spec: AttentionSpec, shapes: Shapes, device: Device) -> tuple[str, ...
     On CUDA: where scores are nothing but scaled and causal, as measured (`attn_rewriter/measured.py`), in training each
     pass for itself, or SDPA first where nothing was. SDPA's kernels read any other mask or bias whole. For few queries
     against many keys, the kernel for decoding leaves out what is masked; for more, flash-attention 4 does from Hopper
-    on, and FlexAttention. Up to a few blocks of keys and no bias it takes longer to find out what can be left out
+    on, and FlexAttention. Up to a few blocks of queries and no bias it takes longer to find out what can be left out
     (`python -m attn_rewriter bench masks`). In float32 FlexAttention's backward pass has tiles of 16, whatever the
     card.
     """

@@ -34,7 +34,7 @@ PATIENCE = 5.0
 """Seconds, for the timed steps of a cell."""
 
 READING_MS = 4.0
-"""What a reading takes at least, where launching is not counted."""
+"""What a reading takes together with its launching, where that is not counted."""
 
 Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]
 """Title, header, rows."""

@@ -78,7 +78,7 @@ class Kernel:
         return reasons
 
     def __call__(self, spec: AttentionSpec, shapes: Shapes, device: Device, tensors: Tensors) -> torch.Tensor:
-        """The output, `[batch, num_heads, q_len, head_dim_v]` in `shapes.dtype`.
+        """The output, `[batch, num_heads, q_len, head_dim_v]` in `shapes.dtype` or `shapes.product_dtype`.
 
         `tensors` holds "query", "key", "value" and the names in the spec, in the layouts of `attn_rewriter.spec`;
         all but the masks have the type `shapes.dtype`.
