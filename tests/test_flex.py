@@ -90,3 +90,17 @@ def test_a_bias_of_each_head_is_no_mask() -> None:
 
     assert axes(torch.randn(4, 8, 8)) == ("head", "query", "key")
     assert axes(torch.randn(2, 1, 1, 8)) == ("batch", "key")
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, LENGTH + 9, LENGTH - 5), (1, 1, 1, LENGTH), (2, 1, 1, 70)], ids=str)
+def test_only_what_is_hidden_is_left_out(sizes: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    bias = torch.randn(sizes, generator=generator)
+    keys = torch.arange(sizes[-1])
+    for low, rows in ((float("-inf"), sizes[-2]), (-1e9, sizes[-2]), (-2e9, 1)):
+        first, many = torch.randint(sizes[-1], (2, sizes[0], 1, rows, 1), generator=generator)
+        bias = torch.where((keys >= first) & (keys < first + many), low, bias)
+    taken = shown_blocks(bias)
+    weights = (torch.randn(sizes, generator=generator) + bias).softmax(-1)
+    assert not weights.masked_fill(taken, 0.0).any()
+    assert not taken.all() or sizes[-1] < BLOCK
