@@ -156,12 +156,12 @@ def test_the_file_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
 def test_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     file, picture = tmp_path / "generate.json", tmp_path / "generate.png"
     command = ["bench", "generate", *TINY, "--compiler", "aot_eager", "--json", str(file)]
-    command += ["--columns", "batch 8, padded", "--rows", "sdpa", "rewritten", "optimized"]
+    command += ["--columns", "batch 8, padded", "--rows", "sdpa", "rewritten", "rewritten, prompt too"]
     assert main([*command, "--plot", str(picture)]) == 0
     assert picture.stat().st_size > 10_000
     measured = cells(file)["batch 8, padded"]
     assert measured["rewritten"]["kernels"] == {"sdpa": 2}  # a new token; the prompt goes through the model as it is
-    assert measured["optimized"]["kernels"] == {"sdpa": 4}
+    assert measured["rewritten, prompt too"]["kernels"] == {"sdpa": 4}
     assert all(generate.same(cell, measured["sdpa"]) == "100%" for cell in measured.values() if "kernels" in cell)
     monkeypatch.setattr(run, "attempt", never)
     capsys.readouterr()

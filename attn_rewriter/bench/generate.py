@@ -3,16 +3,12 @@
 The model has the shape of Llama-3-8B and random weights. It takes prompts of 4096 tokens and goes on for 256, greedily:
 alone, eight at a time, and eight of uneven lengths, padded on the left. All rows are compiled by Inductor without graph
 breaks, with mode="reduce-overhead", which is CUDA graphs. `generate` itself compiles the model for new tokens, one at a
-time; the prompt goes through it as it is, and the mask is a tensor that is made outside of what is compiled:
+time; the prompt goes through it as it is, or with `prefill_chunk_size`, which is its length here, compiled as well
+("prompt too"). The mask is a tensor that is made outside of what is compiled:
 
     eager       attn_implementation="eager"
     sdpa        attn_implementation="sdpa", which makes no mask for a prompt without padding
     rewritten   the row "eager" under `with attn_rewriter.patch():`, nothing else is changed
-
-The model compiled in place, for prompts as well, and `generate` told to compile nothing more:
-
-    optimized   attn_rewriter.optimize(model, mode="reduce-overhead"), eager
-    compiled    model.compile(mode="reduce-overhead"), attn_implementation="sdpa"
 
 Tokens in a second count all new tokens but each sequence's first, which comes with the prompt, over the time of
 `generate` beyond that of a `generate` of one token. Memory is the peak over the weights, from the first call on: the
@@ -37,7 +33,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_rewriter.api import report_of
 from attn_rewriter.bench import models, run
 from attn_rewriter.bench.measure import Cell, Results, time_step
 from attn_rewriter.patching import patch
@@ -58,19 +53,19 @@ TINY = Sizes(models.Llama(2, 64, 128, 4, 2, vocab_size=256), 16, 8)
 
 @dataclass(frozen=True)
 class Row:
-    """A model's attention, whether it is rewritten, and whether the model is compiled before `generate` sees it."""
+    """A model's attention, whether it is rewritten, and whether prompts are compiled."""
 
     attn_implementation: str
     rewrite: bool = False
-    in_place: bool = False
+    prompts: bool = False
 
 
 ROWS = {
     "eager": Row("eager"),
     "sdpa": Row("sdpa"),
     "rewritten": Row("eager", rewrite=True),
-    "optimized": Row("eager", rewrite=True, in_place=True),
-    "compiled": Row("sdpa", in_place=True),
+    "sdpa, prompt too": Row("sdpa", prompts=True),
+    "rewritten, prompt too": Row("eager", rewrite=True, prompts=True),
 }
 COLUMNS = {"batch 1": (1, False), "batch 8": (8, False), "batch 8, padded": (8, True)}
 
@@ -83,7 +78,7 @@ def prompts(sizes: Sizes, batch: int, padded: bool, device: str) -> dict[str, Te
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def configuration(row: Row, compiler: str) -> Any:
+def configuration(row: Row, prompt: int, compiler: str) -> Any:
     """How to generate: greedily, never ending early, into a static cache."""
     from transformers import CompileConfig, GenerationConfig
 
@@ -95,8 +90,8 @@ def configuration(row: Row, compiler: str) -> Any:
         eos_token_id=None,
         pad_token_id=0,
         cache_implementation="static",
-        compile_config=None if row.in_place else compiling,
-        disable_compile=row.in_place,
+        compile_config=compiling,
+        prefill_chunk_size=prompt if row.prompts else None,
     )
 
 
@@ -109,15 +104,13 @@ def measure(sizes: Sizes, column: str, row: str, device: str, dtype: torch.dtype
     """One cell, from empty caches."""
     how, (batch, padded) = ROWS[row], COLUMNS[column]
     model = models.view(models.build(sizes.llama, device, dtype), how.attn_implementation).eval()
-    model.generation_config = configuration(how, compiler)
+    model.generation_config = configuration(how, sizes.prompt, compiler)
     given = prompts(sizes, batch, padded, device)
-    if how.in_place:
-        models.compile_in_place(model, how.rewrite, compiler, mode=mode(compiler), fullgraph=True)
 
     def step(new: int) -> Tensor:
         return model.generate(**given, min_new_tokens=new, max_new_tokens=new)[:, sizes.prompt :]
 
-    around: Any = patch(compiler=compiler) if how.rewrite and not how.in_place else contextlib.nullcontext()
+    around: Any = patch(compiler=compiler) if how.rewrite else contextlib.nullcontext()
     with models.from_scratch(device, compiler), around:
         # The longer one first: its cache has room for the other, which then runs the same graphs.
         tokens, cell = time_step(partial(step, sizes.new), Tensor.tolist, repeat, patience=run.PATIENCE)
@@ -126,9 +119,9 @@ def measure(sizes: Sizes, column: str, row: str, device: str, dtype: torch.dtype
         raise AssertionError(f"not {sizes.new} new tokens")
     if "gib_at_first" in cell:
         cell["gib"] = max(cell["gib"], cell.pop("gib_at_first"))
-    per_s = batch * (sizes.new - 1) / (cell["ms"] - prefill["ms"]) * 1e3
+    per_s = batch * (sizes.new - 1) / max(cell["ms"] - prefill["ms"], 1e-3) * 1e3
     cell |= {"prefill_ms": prefill["ms"], "tokens_per_s": per_s, "tokens": tokens}
-    return cell | (models.rewriting(report_of(model) if how.in_place else around.report) if how.rewrite else {})
+    return cell | (models.rewriting(around.report) if how.rewrite else {})
 
 
 # ------------------------------------------------------------------------------------------- tables
@@ -143,13 +136,14 @@ def rows(results: Results) -> Iterator[list[str]]:
                 f"{column}: {row}",
                 f"{cell['tokens_per_s']:.0f}",
                 f"{cell['prefill_ms']:.1f}",
+                f"{cell['ms']:.1f}",
                 f"{cell['gib']:.2f}" if "gib" in cell else "–",
                 f"{cell['compile_s']:.1f}",
                 models.sites(cell),
                 same(cell, results.get(column, "sdpa")),
             ]
         elif cell:
-            yield [f"{column}: {row}", run.why_not(cell), *[""] * 5]
+            yield [f"{column}: {row}", run.why_not(cell), *[""] * 6]
 
 
 def same(cell: Cell, base: Cell) -> str:
@@ -206,7 +200,7 @@ def main(options: argparse.Namespace) -> int:
     ]
     results = Results(options.json)
     run.fill(results, tasks, lambda: models.setup(options) | run.unusual(options), options.limit_s)
-    header = ["", "tokens / s", "prompt, ms", "GiB", "compile, s", "fused / sites", "tokens as sdpa's"]
+    header = ["", "tokens / s", "prompt, ms", "all, ms", "GiB", "compile, s", "fused / sites", "tokens as sdpa's"]
     run.show(results, [("Generation", header, [*rows(results)])], [], options.markdown)
     if options.plot and results.data["cells"]:
         plot(results, options.plot)

@@ -71,12 +71,12 @@ def left_padding(batch: int, length: int, device: str) -> Tensor:
     return (torch.arange(length, device=device) >= first[:, None]).long()
 
 
-def compile_in_place(model: nn.Module, rewrite: bool, compiler: str, **options: Any) -> None:
+def compile_in_place(model: nn.Module, rewrite: bool, compiler: str) -> None:
     """Compile a model with static shapes, its attention rewritten or as it is."""
     if rewrite:
-        optimize(model, compiler=compiler, dynamic=False, **options)
+        optimize(model, compiler=compiler, dynamic=False)
     else:
-        model.compile(backend=compiler, dynamic=False, **options)
+        model.compile(backend=compiler, dynamic=False)
 
 
 def from_scratch(device: str, compiler: str) -> AbstractContextManager[None]:
