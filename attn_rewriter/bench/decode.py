@@ -8,7 +8,8 @@ what it reads and what it writes.
 
     python -m attn_rewriter bench decode --json decode.json --plot decode.png
 
-Launching is not counted. With --json, cells in the file are not measured again.
+Launching is not counted. Outputs are compared with float64 in the first batch. With --json, cells in the file are not
+measured again.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from attn_rewriter.bench import run
-from attn_rewriter.bench.measure import Cell, Results, time_step
+from attn_rewriter.bench.measure import Cell, Results, off_by, time_step, worst_error
 
 CEILING = "one copy"
 MASKS = ("built in the graph", "a tensor")
@@ -62,7 +63,7 @@ def decode_with_mask(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) ->
 def _attend(query: Tensor, key: Tensor, value: Tensor, hide: Callable[[Tensor], Tensor]) -> Tensor:
     key, value = (x.repeat_interleave(query.size(1) // x.size(1), dim=1) for x in (key, value))
     scores = hide(query @ key.mT * query.size(-1) ** -0.5)
-    return scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
+    return scores.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype) @ value
 
 
 def inputs(sizes: Sizes, filled: int, mask: str, device: str, dtype: torch.dtype) -> list[Tensor]:
@@ -86,15 +87,17 @@ def column(filled: int, mask: str) -> str:
 def measure(sizes: Sizes, mask: str, kernel: str, device: str, dtype: torch.dtype, repeat: int, filled: int) -> Cell:
     """One cell."""
     given = inputs(sizes, filled, mask, device, dtype)
-    function = run.rewritten(decode if mask == MASKS[0] else decode_with_mask, kernel, "inductor")
+    eager = decode if mask == MASKS[0] else decode_with_mask
+    function = run.rewritten(eager, kernel, "inductor")
 
     def step() -> Tensor:
         with torch.no_grad():
             return function(*given)
 
-    taken, cell = time_step(
-        step, lambda _: run.used(function, kernel), repeat, patience=run.PATIENCE, reading_ms=run.READING_MS
-    )
+    def seen(output: Tensor) -> Cell:
+        return run.used(function, kernel) | off_by(eager, given, output)
+
+    taken, cell = time_step(step, seen, repeat, patience=run.PATIENCE, reading_ms=run.READING_MS)
     read = 2 * sizes.batch * sizes.kv_heads * filled * sizes.head_dim * dtype.itemsize
     return cell | taken | {"gb_s": read / cell["ms"] / 1e6}
 
@@ -180,7 +183,8 @@ def main(options: argparse.Namespace) -> int:
     run.fill(results, tasks, lambda: run.setup(options) | run.unusual(options), options.limit_s)
     table = ("A decode step against a static cache", ["", *options.kernels], [*rows(results, sizes, options.kernels)])
     top = results.get(CEILING, "clone").get("gb_s")
-    run.show(results, [table], [f"{CEILING}: {top:.0f} GB/s"] if top else [], options.markdown)
+    remarks = [f"{CEILING}: {top:.0f} GB/s"] if top else []
+    run.show(results, [table], [*remarks, worst_error(results)], options.markdown)
     if options.plot and results.data["cells"]:
         plot(results, sizes, options.kernels, options.plot)
     return int(results.failures() > 0)

@@ -6,8 +6,9 @@ itself, "eager" for the code as it is; all compiled by Inductor:
     python -m attn_rewriter bench masks --json masks.json
 
 Times are medians after warm-up, launching not counted: forward without gradients, and a training step, forward with
-backward. Memory is the peak over the inputs. A kernel that can't compute a form has a dash, its reasons
-are in the file; cells in the file are not measured again. Without a GPU, without meaning: `--device cpu --tiny`.
+backward. Outputs are compared with float64 in the first batch. Memory is the peak over the inputs. A kernel that can't
+compute a form has a dash, its reasons are in the file; cells in the file are not measured again. Without a GPU, without
+meaning: `--device cpu --tiny`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from attn_rewriter.bench import run
-from attn_rewriter.bench.measure import Cell, Results, time_step
+from attn_rewriter.bench.measure import Cell, Results, off_by, time_step, worst_error
 
 DIRECTIONS = ("forward", "training")
 
@@ -73,7 +74,7 @@ class Form:
         scores = self.score(scores * self.head_dim**-0.5 if self.scaled else scores, **extra)
         if sinks is not None:
             scores = torch.cat([scores, sinks.expand(*scores.shape[:-1], 1)], dim=-1)
-        weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+        weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
         if sinks is not None:
             weights = weights[..., :-1]
         return (weights @ v).transpose(1, 2).flatten(2)
@@ -207,18 +208,22 @@ def measure(
     function = run.rewritten(form.__call__, kernel, compiler)
     wanted = [x for x in inputs.values() if x.requires_grad]
 
-    def forward() -> None:
+    def forward() -> Tensor:
         with torch.no_grad():
-            function(**inputs)
+            return function(**inputs)
 
     def training() -> None:
         output = function(**inputs)
         torch.autograd.grad(output, wanted, torch.ones_like(output))
 
-    step = {"forward": forward, "training": training}[direction]
-    taken, cell = time_step(
-        step, lambda _: run.used(function, kernel), repeat, patience=run.PATIENCE, reading_ms=run.READING_MS
-    )
+    def seen(output: Tensor | None) -> Cell:
+        taken = run.used(function, kernel)
+        if output is None:
+            return taken
+        return taken | off_by(lambda *given: form(**dict(zip(inputs, given))), [*inputs.values()], output)
+
+    step: Callable[[], Any] = {"forward": forward, "training": training}[direction]
+    taken, cell = time_step(step, seen, repeat, patience=run.PATIENCE, reading_ms=run.READING_MS)
     return cell | taken
 
 
@@ -272,5 +277,6 @@ def main(options: argparse.Namespace) -> int:
     run.fill(results, tasks, lambda: run.setup(options) | run.unusual(options), options.limit_s)
     header = ["", *options.kernels]
     title = "Attention by form: milliseconds forward, milliseconds of a training step, GiB of a training step"
-    run.show(results, [(title, header, [*rows(results, forms, options.kernels)])], [], options.markdown)
+    table = (title, header, [*rows(results, forms, options.kernels)])
+    run.show(results, [table], [worst_error(results)], options.markdown)
     return int(results.failures() > 0)

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from attn_rewriter.errors import KernelUnavailable
@@ -99,6 +100,31 @@ def peak_bytes_of(run: Callable[[], object]) -> int:
     events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     return max(accumulate(event.nbytes() for event in events), default=0)
+
+
+def off_by(function: Callable[..., Tensor], inputs: Sequence[Tensor], answer: Tensor) -> Cell:
+    """How far an answer to the inputs, and what eager code makes of them, are from float64: root mean squares of the
+    differences over that of the truth, in the first batch, where there is a truth (rows without keys have none)."""
+    alone = [x.detach()[:1] if x.size(0) == answer.size(0) else x.detach() for x in inputs]
+    with torch.no_grad():
+        truth = function(*(x.double() if x.is_floating_point() else x for x in alone))
+        known = truth.isfinite()
+        apart = [(x - truth)[known].norm() / truth[known].norm() for x in (answer[:1], function(*alone))]
+    return dict(zip(("error", "error_of_eager"), (x.item() for x in apart)))
+
+
+def worst_error(results: Results) -> str:
+    """Of all cells that were compared, the largest error over eager's own, in words."""
+    ratios = {
+        f"{column}, {row}": cell["error"] / max(cell["error_of_eager"], 1e-30)
+        for column, cells in results.data["cells"].items()
+        for row, cell in cells.items()
+        if "error" in cell and cell.get("kernel") != "eager"
+    }
+    if not ratios:
+        return "nothing was compared with float64"
+    worst = max(ratios, key=lambda name: ratios[name])
+    return f"errors are at most {ratios[worst]:.2f} of eager's own ({worst})"
 
 
 def attempt(measure: Callable[..., Cell], *args: object) -> Cell:
