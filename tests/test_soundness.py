@@ -15,6 +15,7 @@ import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import pytest
@@ -30,6 +31,7 @@ from attn_rewriter.choose import Choice, choose
 from attn_rewriter.spec import Mask, Shapes, TensorMask
 from tests.accuracy import assert_as_accurate, error, rounding_unit
 from tests.running import DRAWS, joined, rewritten, together, truth, with_gradients
+from tests.standins import installed
 
 EXAMPLES = int(os.environ.get("ATTN_REWRITER_EXAMPLES", 50))
 SEED = os.environ.get("ATTN_REWRITER_SEED")
@@ -93,6 +95,7 @@ SIZES = (
     Sizes(3, 1, 1, 3, 3, 3, 3),  # one head
     Sizes(1, 1, 1, 2, 3, 1, 1),
     Sizes(2, 2, 1, 3, 2, 2, 5),
+    Sizes(2, 2, 2, 2, 40, 8, 8),  # a few queries against several blocks of keys
 )
 
 
@@ -250,7 +253,7 @@ class _Module(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("causal", torch.ones(9, 9, dtype=torch.bool, device=DEVICE).tril()[None, None])
+        self.register_buffer("causal", torch.ones(48, 48, dtype=torch.bool, device=DEVICE).tril()[None, None])
 
 
 MODULE = _Module()
@@ -263,11 +266,11 @@ MASKS: dict[str, Callable[[Tensor, Inputs], Tensor]] = {
     "arange, 4-D": lambda s, x: (torch.arange(s.shape[-1])[None, :] <= torch.arange(s.shape[-2])[:, None])[None, None],
     "int32 and floats": lambda s, x: torch.arange(s.shape[-2]).float()[:, None] >= torch.arange(s.shape[-1]).int(),
     "a slice of a buffer": lambda s, x: (
-        torch.ones(9, 9).tril().view(1, 1, 9, 9)[:, :, : s.shape[-2], : s.shape[-1]] > 0
+        torch.ones(48, 48).tril().view(1, 1, 9, 9)[:, :, : s.shape[-2], : s.shape[-1]] > 0
     ),
-    "indexed": lambda s, x: torch.ones(9, 9, dtype=torch.bool).tril()[_grid(s)],
+    "indexed": lambda s, x: torch.ones(48, 48, dtype=torch.bool).tril()[_grid(s)],
     "at the bottom right": lambda s, x: _ones(s).tril(s.shape[-1] - s.shape[-2]),
-    "a slice from the end": lambda s, x: torch.ones(9, 9, dtype=torch.bool).tril()[-s.shape[-2] :, -s.shape[-1] :],
+    "a slice from the end": lambda s, x: torch.ones(48, 48, dtype=torch.bool).tril()[-s.shape[-2] :, -s.shape[-1] :],
     "off by one": lambda s, x: _ones(s).tril(1),
     "strict": lambda s, x: torch.lt(_grid(s)[1], _grid(s)[0]) | (_grid(s)[1] == 0),
     "transposed": lambda s, x: _ones(s).triu(),
@@ -674,7 +677,7 @@ def program(choose: Callable[[str, Sequence[Any]], Any], near: str = "none", mis
 
     return Program(
         sizes=choose("sizes", SIZES),
-        dtype=choose("dtype", (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)),
+        dtype=(dtype := choose("dtype", (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16))),
         products=choose("products", tuple(PRODUCTS)),
         key_groups=(groups := choose("groups", tuple(GROUPS))),
         value_groups=choose("value_groups", (groups, groups, groups, *GROUPS)),
@@ -691,13 +694,18 @@ def program(choose: Callable[[str, Sequence[Any]], Any], near: str = "none", mis
         around=(around := choose("around", ("nothing", "nothing", "nothing", *AROUND))),
         gradients=choose("gradients", (True, False)),
         lengths=(lengths := choose("lengths", ("one",) * 5 + ("several", "several", "symbolic"))),
-        # Where even the number of heads is symbolic, kernels that are asked for by name may have to say no. In a
-        # checkpoint that is not compiled, FlexAttention has no backward pass.
-        kernel=choose("kernel", ("auto", "sdpa", *(("flex",) * 3 if around != "checkpoint" else ())))
-        if lengths != "symbolic"
-        else plain.kernel,
+        # Where even the number of heads is symbolic, kernels that are asked for by name may have to say no.
+        kernel=choose("kernel", kernels_for(dtype, around)) if lengths != "symbolic" else plain.kernel,
         miss=miss,
     )
+
+
+def kernels_for(dtype: torch.dtype, around: str) -> tuple[str, ...]:
+    """Triton's interpreter knows no bfloat16. In a checkpoint that is not compiled, FlexAttention has no backward
+    pass."""
+    interpreted = dtype != torch.bfloat16 and around != "autocast"
+    blocks = ("flex", "flex", "fa4") if around != "checkpoint" else ()
+    return "auto", "sdpa", *blocks, *(("decode",) if interpreted else ())
 
 
 @st.composite
@@ -832,7 +840,20 @@ KERNELS: dict[str, tuple[str | list[str], str | None]] = {
     "auto": ("auto", None),
     "sdpa": (["sdpa", "reference"], None),
     "flex": (["flex", "sdpa", "reference"], "sm_90"),
+    "fa4": (["fa4", "flex", "reference"], "sm_90"),
+    "decode": (["decode", "sdpa", "reference"], "sm_90"),
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _gpu_kernels() -> Iterator[None]:
+    """Stand-ins for what is not there, and blocks of 16 keys, so that there are several."""
+    with installed(), pytest.MonkeyPatch.context() as patch:
+        if find_spec("triton") is not None:
+            from attn_rewriter.kernels import split_keys
+
+            patch.setattr(split_keys, "_TILE_BYTES", 512)
+        yield
 
 
 def draws_of(p: Program) -> list[Inputs]:
