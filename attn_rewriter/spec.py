@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import lru_cache
 from typing import Any, Union
 
 import sympy
@@ -41,6 +42,10 @@ def at_most(a: Size, b: Size) -> bool:
 
 # ---------------------------------------------------------------------------------------------------------------
 # Masks: which keys a query may attend to
+
+
+AXES = ("batch", "head", "query", "key")
+"""Of the scores."""
 
 
 class Predicate:
@@ -79,8 +84,9 @@ class Predicate:
         return self
 
 
-def parsed(text: str) -> Predicate:
-    """The predicate whose `repr` this is."""
+@lru_cache
+def parsed(text: str) -> Predicate | None:
+    """The predicate, or None, whose `repr` this is."""
     names = (Always, And, Band, Compare, Index, Not, Quotient, TensorMask, Values)
     return eval(text, {"__builtins__": {}}, {kind.__name__: kind for kind in names})
 
@@ -517,7 +523,7 @@ class Bias:
 
     tensor: Hashable
     factor: float = 1.0
-    axes: tuple[str, ...] = ("batch", "head", "query", "key")
+    axes: tuple[str, ...] = AXES
 
     def __str__(self) -> str:
         return "bias"

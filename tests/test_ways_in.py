@@ -188,19 +188,21 @@ def test_patch_reaches_other_peoples_compile(model: nn.Module, x: torch.Tensor) 
     assert torch.compile is original
 
 
+def noted(seen: list[str], name: str, gm: torch.fx.GraphModule, inputs: Any) -> Any:
+    """A compiler that says that it was called."""
+    seen.append(name)
+    return gm.forward
+
+
 def test_patch_compiles_a_call_as_it_is_asked_to() -> None:
     """As `generate` does it: a model from transformers, compiled in place for prompts, is compiled again for tokens."""
     seen: list[str] = []
 
-    def compiler(gm: torch.fx.GraphModule, inputs: Any, name: str) -> Any:
-        seen.append(name)
-        return gm.forward
-
     ids = torch.randint(0, 99, (2, 9))
-    with attn_rewriter.patch(compiler=partial(compiler, name="in place")):
+    with attn_rewriter.patch(compiler=partial(noted, seen, "in place")):
         model = AutoModel.from_config(BERT, attn_implementation="eager").eval()
         expected = model(ids)[0]
-        with attn_rewriter.patch(compiler=partial(compiler, name="again")) as patched:
+        with attn_rewriter.patch(compiler=partial(noted, seen, "again")) as patched:
             again = torch.compile(model.__call__)
             torch.testing.assert_close(again(ids)[0], expected)
     assert seen == ["in place", "again"] and patched.report.n_fused == 2
@@ -211,14 +213,10 @@ def test_patch_leaves_it_to_those_who_compile_themselves(what: str) -> None:
     """How a model from transformers is compiled is for them to say."""
     seen: list[str] = []
 
-    def compiler(gm: torch.fx.GraphModule, inputs: Any, name: str) -> Any:
-        seen.append(name)
-        return gm.forward
-
     ids = torch.randint(0, 99, (2, 9))
-    with attn_rewriter.patch(compiler=partial(compiler, name="in place")):
+    with attn_rewriter.patch(compiler=partial(noted, seen, "in place")):
         model = AutoModel.from_config(BERT, attn_implementation="eager").eval()
-        with attn_rewriter.patch(compiler=partial(compiler, name="asked for")):
+        with attn_rewriter.patch(compiler=partial(noted, seen, "asked for")):
             if what == "module":
                 torch.compile(model)(ids)
             else:

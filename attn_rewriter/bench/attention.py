@@ -28,7 +28,7 @@ from torch import Tensor
 
 from attn_rewriter.api import explain
 from attn_rewriter.bench import run
-from attn_rewriter.bench.measure import GIB, Cell, Results, peak_bytes_of, positive, time_step
+from attn_rewriter.bench.measure import GIB, Cell, Results, peak_bytes_of, positive, time_step, to_eager
 from attn_rewriter.choose import choose
 from attn_rewriter.device import Device
 from attn_rewriter.errors import KernelUnavailable, Refusal
@@ -218,15 +218,6 @@ def speed(cell: Cell, best: float) -> str:
     digits = 0 if cell["tflops"] >= 100 else 1 if cell["tflops"] >= 1 else 4
     text = f"{cell['tflops']:.{digits}f}"
     return f"**{text}**" if cell["tflops"] == best else text
-
-
-def to_eager(cell: Cell) -> list[float]:
-    """Each error over eager's own."""
-    return [
-        error / max(cell["errors_of_eager"][name], 1e-30)
-        for name, error in cell.get("errors", {}).items()
-        if cell["kernel"] != "eager"
-    ]
 
 
 def auto_to_best(results: Results, case: Case, direction: str, kernels: list[str]) -> float | None:

@@ -109,18 +109,25 @@ def off_by(function: Callable[..., Tensor], inputs: Sequence[Tensor], answer: Te
     with torch.no_grad():
         truth = function(*(x.double() if x.is_floating_point() else x for x in alone))
         known = truth.isfinite()
-        apart = [(x - truth)[known].norm() / truth[known].norm() for x in (answer[:1], function(*alone))]
-    return dict(zip(("error", "error_of_eager"), (x.item() for x in apart)))
+        answer, eager = ((x - truth)[known].norm() / truth[known].norm() for x in (answer[:1], function(*alone)))
+    return {"errors": {"output": answer.item()}, "errors_of_eager": {"output": eager.item()}}
+
+
+def to_eager(cell: Cell) -> list[float]:
+    """Each error over eager's own."""
+    return [
+        error / max(cell["errors_of_eager"][name], 1e-30)
+        for name, error in cell.get("errors", {}).items()
+        if cell["kernel"] != "eager"
+    ]
 
 
 def worst_error(results: Results) -> str:
     """Of all cells that were compared, the largest error over eager's own, in words."""
-    ratios = {
-        f"{column}, {row}": cell["error"] / max(cell["error_of_eager"], 1e-30)
-        for column, cells in results.data["cells"].items()
-        for row, cell in cells.items()
-        if "error" in cell and cell.get("kernel") != "eager"
-    }
+    cells = (
+        (f"{column}, {row}", cell) for column, cells in results.data["cells"].items() for row, cell in cells.items()
+    )
+    ratios = {name: max(to_eager(cell)) for name, cell in cells if to_eager(cell)}
     if not ratios:
         return "nothing was compared with float64"
     worst = max(ratios, key=lambda name: ratios[name])

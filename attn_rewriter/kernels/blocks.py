@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.overrides import handle_torch_function, has_torch_function
 
 from attn_rewriter.kernels.base import Tensors, number
-from attn_rewriter.kernels.masking import holds, without_hidden
+from attn_rewriter.kernels.masking import any_in_blocks, holds, without_hidden
 from attn_rewriter.spec import Predicate, Shapes
 
 BLOCK = 128
@@ -99,8 +98,7 @@ def _by_block(x: torch.Tensor) -> torch.Tensor:
     length = x.size(-1)
     if length == 1:  # the same for all
         return x
-    blocks = F.pad(x, (0, -length % BLOCK)).unflatten(-1, (-1, BLOCK)).any(-1)
-    return blocks.repeat_interleave(BLOCK, -1)[..., :length]
+    return any_in_blocks(x, BLOCK).repeat_interleave(BLOCK, -1)[..., :length]
 
 
 shown_blocks = _ShownBlocks()

@@ -10,7 +10,7 @@ import torch
 
 from attn_rewriter.device import Device
 from attn_rewriter.kernels.base import Kernel, Limits, Tensors
-from attn_rewriter.kernels.masking import keep_mask
+from attn_rewriter.kernels.masking import bias_terms, keep_mask, scaled_query, sink_scores
 from attn_rewriter.spec import AttentionSpec, Mask, Modifier, ScaleBy, Shapes, Softcap
 
 MAX_QUERIES = 64
@@ -87,15 +87,11 @@ class Decode(Kernel):
 
         form = decode_form(spec.modifiers)
         assert not isinstance(form, str)
-        query, key, value = tensors["query"], tensors["key"], tensors["value"]
-        for query_scale in form.query_scales:
-            query = query_scale.apply(query, tensors)
+        query, key, value = scaled_query(form.query_scales, tensors), tensors["key"], tensors["value"]
         if shapes.product_dtype is not None:  # scores are of float32 here whatever the type of query and key
             query, key, value = (x.to(shapes.product_dtype) for x in (query, key, value))
         masks = [modifier for modifier in spec.modifiers if isinstance(modifier, Mask)]
-        biases = [tensors[name] if factor == 1 else tensors[name] * factor for name, factor in form.biases]
-        sinks = tensors[spec.sinks] if isinstance(spec.sinks, str) else spec.sinks
-        if isinstance(sinks, float):
-            sinks = query.new_full((1, 1, 1, 1), sinks, dtype=torch.float32)
+        biases = bias_terms(form.biases, tensors)
+        sinks = None if spec.sinks is None else sink_scores(spec.sinks, tensors)
         keep, numbers = keep_mask(masks, shapes, tensors), (form.scale, form.softcap, form.factor)
         return split_keys.decode(query, key, value, keep, biases, sinks, *numbers, split_keys.CODE)

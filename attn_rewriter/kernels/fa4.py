@@ -23,7 +23,7 @@ from attn_rewriter.kernels import masking
 from attn_rewriter.kernels.blocks import BLOCK, mask_names
 from attn_rewriter.kernels.flash import Flash, FlashForm, How, Kept
 from attn_rewriter.progress import working
-from attn_rewriter.spec import AttentionSpec, Predicate, Shapes, Softcap, TensorMask, Values, parts
+from attn_rewriter.spec import AXES, AttentionSpec, Predicate, Shapes, Softcap, TensorMask, Values, parts
 
 
 class FA4(Flash):
@@ -62,7 +62,7 @@ class FA4(Flash):
             reasons.append(f"takes masks up to head_dim 128, here {shapes.head_dim}")
         if not isinstance(shapes.num_heads, int):
             reasons.append("takes masks where the number of heads is known")
-        sizes = dict(zip(_SCORES, (shapes.batch, shapes.num_heads, shapes.q_len, shapes.kv_len)))
+        sizes = dict(zip(AXES, (shapes.batch, shapes.num_heads, shapes.q_len, shapes.kv_len)))
         counts = [math.prod(sizes[axis] for axis in axes) for axes in _axes(form.mask).values()]
         if any(isinstance(count, int) and count >= 2**31 for count in counts):
             reasons.append("takes masks of less than 2**31 elements")
@@ -134,16 +134,13 @@ def _common(how: How, query: Tensor, side: str) -> dict[str, Any]:
     }
 
 
-_SCORES = ("batch", "head", "query", "key")
-
-
 def _axes(mask: Predicate) -> dict[str, tuple[str, ...]]:
     """Over which axes each tensor of a predicate varies."""
     found: dict[str, set[str]] = {}
     for part in parts(mask):
         if isinstance(part, (TensorMask, Values)):
             found.setdefault(str(part.tensor), set()).update(part.axes)
-    return {name: tuple(axis for axis in _SCORES if axis in axes) for name, axes in found.items()}
+    return {name: tuple(axis for axis in AXES if axis in axes) for name, axes in found.items()}
 
 
 def _auxiliary(mask: Predicate, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -151,7 +148,7 @@ def _auxiliary(mask: Predicate, tensors: Sequence[Tensor]) -> list[Tensor]:
     axes = _axes(mask)
     flat = []
     for name, x in zip(mask_names(mask), tensors):
-        for i, axis in enumerate(_SCORES):
+        for i, axis in enumerate(AXES):
             if axis not in axes[name]:
                 x = x.narrow(i, 0, 1)
         x = x.contiguous().flatten()
@@ -169,10 +166,10 @@ def _mask_mod(mask: Predicate, num_heads: int) -> Callable[..., Any]:
     boolean = {str(part.tensor) for part in parts(mask) if isinstance(part, TensorMask) and not part.additive}
 
     def mask_mod(b: Any, h: Any, q: Any, k: Any, seqlen_info: Any, auxiliary: Any) -> Any:
-        sizes = dict(zip(_SCORES, (None, num_heads, seqlen_info.seqlen_q, seqlen_info.seqlen_k)))
+        sizes = dict(zip(AXES, (None, num_heads, seqlen_info.seqlen_q, seqlen_info.seqlen_k)))
         tensors: Any = {}
         for name, flat in zip(mask_names(mask), auxiliary or ()):
-            varies = tuple((axis in axes[name], sizes[axis]) for axis in _SCORES)
+            varies = tuple((axis in axes[name], sizes[axis]) for axis in AXES)
             tensors[name] = _Flat(flat, varies, name in boolean, cutlass.Int64)
         b, h, q, k = map(ssa_to_scalar, (b, h, q, k))
         q = cutlass.min(q, seqlen_info.seqlen_q - 1)  # it asks for rows of the last tile that are not there

@@ -21,6 +21,7 @@ from torch.torch_version import TorchVersion
 from attn_rewriter.device import Device
 from attn_rewriter.kernels.base import Kernel, Limits, Tensors
 from attn_rewriter.kernels.blocks import TENSORS, block_mask, mask_names
+from attn_rewriter.kernels.masking import scaled_query, sink_scores
 from attn_rewriter.packages import version
 from attn_rewriter.spec import (
     EVERY_KEY,
@@ -178,17 +179,11 @@ def attend(forward: Flash, backward: Flash, spec: AttentionSpec, shapes: Shapes,
     """A form that both kernels compute, each in its pass."""
     form = flash_form(spec, shapes)
     assert not isinstance(form, str)
-    query, key, value = tensors["query"], tensors["key"], tensors["value"]
-    for query_scale in form.query_scales:
-        query = query_scale.apply(query, tensors)
+    query, key, value = scaled_query(form.query_scales, tensors), tensors["key"], tensors["value"]
     scale = form.scale
     if not scale > 0:  # kernels take the largest score before they multiply
         query, scale = query * scale, 1.0
-    sinks = None
-    if isinstance(spec.sinks, str):
-        sinks = tensors[spec.sinks].squeeze(-1)
-    elif spec.sinks is not None:
-        sinks = torch.full((1, 1, 1), spec.sinks, dtype=torch.float32, device=query.device)
+    sinks = None if spec.sinks is None else sink_scores(spec.sinks, tensors).squeeze(-1)
     blocks: list[Tensor] = []
     masks: list[Tensor] = []
     if form.mask is not None:
@@ -224,21 +219,6 @@ class How:
     def window(self) -> tuple[int, int]:
         return self.left, self.right
 
-    @classmethod
-    def of(
-        cls,
-        blocks: Sequence[Tensor],
-        masks: Sequence[Tensor],
-        scale: float,
-        softcap: float,
-        left: int,
-        right: int,
-        dropout_p: float,
-        mask: str,
-    ) -> How:
-        """From the arguments of the operators, which take a predicate as its `repr`."""
-        return cls(scale, softcap, left, right, dropout_p, _mask(mask), blocks, masks)
-
 
 class Kept(NamedTuple):
     """What the backward pass needs of the forward pass."""
@@ -249,11 +229,6 @@ class Kept(NamedTuple):
     output: Tensor
     logsumexp: Tensor
     random: Tensor
-
-
-@lru_cache
-def _mask(written: str) -> Predicate | None:
-    return None if written == "None" else parsed(written)
 
 
 def _held(x: Tensor) -> Tensor:
@@ -277,7 +252,7 @@ def _flash_attention(
     dropout_p: float,
     mask: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    how = How.of(blocks, masks, scale, softcap, left, right, dropout_p, mask)
+    how = How(scale, softcap, left, right, dropout_p, parsed(mask), blocks, masks)
     query, key, value = map(_held, (query, key, value))
     output, logsumexp, random = Flash.versions[forward].forward(query, key, value, how)
     if sinks is not None:
@@ -321,7 +296,7 @@ def _flash_attention_backward(
     dropout_p: float,
     mask: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    how = How.of(blocks, masks, scale, softcap, left, right, dropout_p, mask)
+    how = How(scale, softcap, left, right, dropout_p, parsed(mask), blocks, masks)
     kept = Kept(_held(query), _held(key), _held(value), output, logsumexp, random)
     found = Flash.versions[backward].backward(_held(gradient), kept, how)
     return tuple(x.contiguous() for x in found)  # type: ignore[return-value]

@@ -9,6 +9,7 @@ from operator import add, and_
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from attn_rewriter.kernels.base import Tensors, number
 from attn_rewriter.spec import (
@@ -40,6 +41,11 @@ def keep_mask(masks: Iterable[Mask], shapes: Shapes, tensors: Tensors) -> torch.
     """What the masks keep, as one boolean tensor; None where no key is hidden at these shapes."""
     masks = [mask for mask in masks if mask.keep.within(shapes.q_len, shapes.kv_len) != EVERY_KEY]
     return reduce(and_, (keep(mask, tensors) for mask in masks)) if masks else None
+
+
+def any_in_blocks(x: torch.Tensor, block: int) -> torch.Tensor:
+    """Whether anything is true in each block of the last dimension."""
+    return F.pad(x, (0, -x.size(-1) % block)).unflatten(-1, (-1, block)).any(-1)
 
 
 def keep(mask: Mask, tensors: Tensors) -> torch.Tensor:
@@ -164,5 +170,22 @@ def modified(score: torch.Tensor, modifier: Modifier, tensors: Tensors, *, fast:
 
 def summed_bias(form: AffineForm, tensors: Tensors) -> torch.Tensor | None:
     """The sum of all biases, or None."""
-    terms = [tensors[name] if factor == 1 else tensors[name] * factor for name, factor in form.biases]
+    terms = bias_terms(form.biases, tensors)
     return reduce(add, terms) if terms else None
+
+
+def bias_terms(biases: Iterable[tuple[str, float]], tensors: Tensors) -> list[torch.Tensor]:
+    """Biases times their factors."""
+    return [tensors[name] if factor == 1 else tensors[name] * factor for name, factor in biases]
+
+
+def scaled_query(scales: Iterable[ScaleBy], tensors: Tensors) -> torch.Tensor:
+    """The query times the tensors that scale it."""
+    return reduce(lambda query, scale: scale.apply(query, tensors), scales, tensors["query"])
+
+
+def sink_scores(sinks: str | float, tensors: Tensors, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The score of the sinks, which broadcasts to `[batch, num_heads, q_len, 1]`; of this type where it is a number."""
+    if isinstance(sinks, str):
+        return tensors[sinks]
+    return tensors["query"].new_full((1, 1, 1, 1), sinks, dtype=dtype)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from attn_rewriter.device import Device
 from attn_rewriter.kernels.base import Kernel, Limits, Tensors
-from attn_rewriter.kernels.masking import keep_mask, summed_bias
+from attn_rewriter.kernels.masking import keep_mask, scaled_query, sink_scores, summed_bias
 from attn_rewriter.spec import AttentionSpec, Band, Shapes
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -43,9 +43,7 @@ class SDPA(Kernel):
     def attend(self, spec: AttentionSpec, shapes: Shapes, device: Device, tensors: Tensors) -> torch.Tensor:
         form = spec.affine()
         assert not isinstance(form, str)
-        query, key, value = tensors["query"], tensors["key"], tensors["value"]
-        for query_scale in form.query_scales:
-            query = query_scale.apply(query, tensors)
+        query, key, value = scaled_query(form.query_scales, tensors), tensors["key"], tensors["value"]
         bias = summed_bias(form, tensors)
         plain = bias is None and spec.sinks is None
         is_causal = plain and form.keep.within(shapes.q_len, shapes.kv_len) == Band(None, 0)
@@ -97,7 +95,7 @@ def _with_sinks(
     sinks: Any, bias: torch.Tensor | None, key: torch.Tensor, value: torch.Tensor, shapes: Shapes, tensors: Tensors
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Bias, key and value with one more key: its score is the sinks', its value zero."""
-    score = tensors[sinks] if isinstance(sinks, str) else key.new_full((1, 1, 1, 1), sinks, dtype=shapes.dtype)
+    score = sink_scores(sinks, tensors, shapes.dtype)
     kv_len = shapes.kv_len if isinstance(shapes.kv_len, int) else key.size(-2)
     column = F.pad(score, (kv_len, 0))
     bias = column if bias is None else F.pad(bias, (0, 1)) + column

@@ -8,6 +8,7 @@ that the list may say something else whenever a CUDA graph is replayed.
 This module imports Triton, and is imported where the kernel runs. With `TRITON_INTERPRET=1` it runs on CPU.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# ruff: noqa: N803 (constants of a Triton kernel are written in capitals)
 
 from __future__ import annotations
 
@@ -19,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from attn_rewriter.kernels import masking
-from attn_rewriter.kernels.masking import without_hidden
+from attn_rewriter.kernels.masking import any_in_blocks, without_hidden
 
 _TILE_BYTES = 2**14  # of the keys of a block; as much of the values
 _MIN_TILE, _MAX_BLOCK, _MAX_ROWS = 16, 128, 64  # 16 is the least that a matrix product of Triton takes
@@ -74,19 +74,19 @@ def attend_to_splits(
     num_kv_heads,
     kv_len,
     splits,
-    Q_LEN: tl.constexpr,  # noqa: N803
-    GROUP: tl.constexpr,  # noqa: N803
-    HEAD_DIM: tl.constexpr,  # noqa: N803
-    HEAD_DIM_V: tl.constexpr,  # noqa: N803
-    SCALE: tl.constexpr,  # noqa: N803
-    SOFTCAP: tl.constexpr,  # noqa: N803
-    FACTOR: tl.constexpr,  # noqa: N803
-    ROWS: tl.constexpr,  # noqa: N803
-    BLOCK: tl.constexpr,  # noqa: N803
-    D: tl.constexpr,  # noqa: N803
-    D_V: tl.constexpr,  # noqa: N803
-    KEEP_ROWS: tl.constexpr,  # noqa: N803
-    BIAS_ROWS: tl.constexpr,  # noqa: N803
+    Q_LEN: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    FACTOR: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    D: tl.constexpr,
+    D_V: tl.constexpr,
+    KEEP_ROWS: tl.constexpr,
+    BIAS_ROWS: tl.constexpr,
 ):
     """A row is a query of one of the heads that share a key head: row `g * Q_LEN + q`.
 
@@ -185,12 +185,12 @@ def join_splits(
     sinks_h,
     sinks_q,
     splits,
-    Q_LEN: tl.constexpr,  # noqa: N803
-    NUM_HEADS: tl.constexpr,  # noqa: N803
-    HEAD_DIM_V: tl.constexpr,  # noqa: N803
-    D_V: tl.constexpr,  # noqa: N803
-    SPLITS: tl.constexpr,  # noqa: N803
-    SINKS: tl.constexpr,  # noqa: N803
+    Q_LEN: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    D_V: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SINKS: tl.constexpr,
 ):
     """One row of the output, `[batch, num_heads, q_len, head_dim_v]`: zeros where there is no key. (`SPLITS` is the
     most that `splits` can be.)"""
@@ -345,7 +345,7 @@ def active_blocks(keep: Tensor, block: int, num_kv_heads: int) -> tuple[Tensor, 
     kept = keep.any(2)
     if keep.size(1) != 1:
         kept = kept.unflatten(1, (num_kv_heads, -1)).any(2)
-    kept = F.pad(kept, (0, -kept.size(-1) % block)).unflatten(-1, (-1, block)).any(-1)
+    kept = any_in_blocks(kept, block)
     return kept.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices, kept.sum(-1)
 
 
