@@ -1,14 +1,15 @@
 """Tokens in a second: `generate` with a static cache, as transformers compiles it and rewritten.
 
 The model has the shape of Llama-3-8B and random weights. It takes prompts of 4096 tokens and goes on for 256, greedily:
-alone, eight at a time, and eight of uneven lengths, padded on the left. All rows are compiled by Inductor without graph
-breaks, with mode="reduce-overhead", which is CUDA graphs. `generate` itself compiles the model for new tokens, one at a
-time; the prompt goes through it as it is, or with `prefill_chunk_size`, which is its length here, compiled as well
-("prompt too"). The mask is a tensor that is made outside of what is compiled:
+alone, eight at a time, and eight of uneven lengths, padded on the left. `generate` compiles the model for new tokens, one
+at a time, by Inductor with mode="reduce-overhead", which is CUDA graphs; the mask is a tensor that is made outside of
+what is compiled:
 
-    eager       attn_implementation="eager"
-    sdpa        attn_implementation="sdpa", which makes no mask for a prompt without padding
-    rewritten   the row "eager" under `with attn_rewriter.patch():`, nothing else is changed
+    eager             attn_implementation="eager"; prompts are not compiled
+    sdpa              attn_implementation="sdpa", which makes no mask for a prompt without padding; not compiled either
+    sdpa, prompt too  the same with `prefill_chunk_size`, with which prompts are compiled as new tokens are
+    rewritten         the row "eager", built and run under `with attn_rewriter.patch():`, nothing else is changed. The
+                      patch compiles prompts, without CUDA graphs
 
 Tokens in a second count all new tokens but each sequence's first, which comes with the prompt, over the time of
 `generate` beyond that of a `generate` of one token. Memory is the peak over the weights, from the first call on: the
@@ -53,7 +54,7 @@ TINY = Sizes(models.Llama(2, 64, 128, 4, 2, vocab_size=256), 16, 8)
 
 @dataclass(frozen=True)
 class Row:
-    """A model's attention, whether it is rewritten, and whether prompts are compiled."""
+    """A model's attention, whether it is rewritten, and whether `generate` compiles prompts."""
 
     attn_implementation: str
     rewrite: bool = False
@@ -63,9 +64,8 @@ class Row:
 ROWS = {
     "eager": Row("eager"),
     "sdpa": Row("sdpa"),
-    "rewritten": Row("eager", rewrite=True),
     "sdpa, prompt too": Row("sdpa", prompts=True),
-    "rewritten, prompt too": Row("eager", rewrite=True, prompts=True),
+    "rewritten": Row("eager", rewrite=True),
 }
 COLUMNS = {"batch 1": (1, False), "batch 8": (8, False), "batch 8, padded": (8, True)}
 
@@ -103,8 +103,6 @@ def mode(compiler: str) -> str:
 def measure(sizes: Sizes, column: str, row: str, device: str, dtype: torch.dtype, compiler: str, repeat: int) -> Cell:
     """One cell, from empty caches."""
     how, (batch, padded) = ROWS[row], COLUMNS[column]
-    model = models.view(models.build(sizes.llama, device, dtype), how.attn_implementation).eval()
-    model.generation_config = configuration(how, sizes.prompt, compiler)
     given = prompts(sizes, batch, padded, device)
 
     def step(new: int) -> Tensor:
@@ -112,6 +110,8 @@ def measure(sizes: Sizes, column: str, row: str, device: str, dtype: torch.dtype
 
     around: Any = patch(compiler=compiler) if how.rewrite else contextlib.nullcontext()
     with models.from_scratch(device, compiler), around:
+        model = models.build(sizes.llama, device, dtype, how.attn_implementation).eval()
+        model.generation_config = configuration(how, sizes.prompt, compiler)
         # The longer one first: its cache has room for the other, which then runs the same graphs.
         tokens, cell = time_step(partial(step, sizes.new), Tensor.tolist, repeat, patience=run.PATIENCE)
         _, prefill = time_step(partial(step, 1), lambda _: None, repeat, patience=run.PATIENCE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 from collections import Counter
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -47,21 +46,15 @@ def setup(options: argparse.Namespace) -> dict[str, Any]:
     return run.setup(options)
 
 
-@lru_cache(maxsize=1)
-def build(sizes: Llama, device: str, dtype: torch.dtype) -> Any:
+def build(sizes: Llama, device: str, dtype: torch.dtype, attn_implementation: str = "eager") -> Any:
     """A Llama with random weights, made where it will be used."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     with torch.device(device):
-        return LlamaForCausalLM._from_config(LlamaConfig(**asdict(sizes)), dtype=dtype, attn_implementation="eager")
-
-
-def view(model: Any, attn_implementation: str) -> Any:
-    """A module of its own over the same weights, to be compiled and thrown away."""
-    view = copy.copy(model)
-    view.set_attn_implementation(attn_implementation)
-    return view
+        return LlamaForCausalLM._from_config(
+            LlamaConfig(**asdict(sizes)), dtype=dtype, attn_implementation=attn_implementation
+        )
 
 
 def left_padding(batch: int, length: int, device: str) -> Tensor:
