@@ -1,9 +1,9 @@
 """Tokens in a second: `generate` with a static cache, as transformers compiles it and rewritten.
 
 The model has the shape of Llama-3-8B and random weights. It takes prompts of 4096 tokens and goes on for 256, greedily:
-alone, eight at a time, and eight of uneven lengths, padded on the left. `generate` compiles the model for new tokens, one
-at a time, by Inductor with mode="reduce-overhead", which is CUDA graphs; the mask is a tensor that is made outside of
-what is compiled:
+alone, eight at a time, and eight of uneven lengths, padded on the left.
+`generate` compiles the model for new tokens, one at a time, by Inductor with mode="reduce-overhead", which is CUDA
+graphs; the mask is a tensor that is made outside of what is compiled:
 
     eager             attn_implementation="eager"; prompts are not compiled
     sdpa              attn_implementation="sdpa", which makes no mask for a prompt without padding; not compiled either
