@@ -10,7 +10,6 @@ import torch
 from torch.fx import GraphModule
 
 from attn_rewriter.buffers import Buffers
-from attn_rewriter.caches import keep_in_place
 from attn_rewriter.device import Device
 from attn_rewriter.options import Options
 from attn_rewriter.pipeline import Settings, rewrite
@@ -46,16 +45,8 @@ class Backend:
         return buffers.guarded(compiled, lambda original: torch.compile(original, backend=self._rewritten))
 
     def _rewritten(self, gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
-        if self._records:
-            keep_in_place(gm)
         self._reports.append(rewrite(gm, self.settings))
         return self._compile(gm, example_inputs, **kwargs)
-
-    @property
-    def _records(self) -> bool:
-        """Whether the compiler makes CUDA graphs."""
-        config = getattr(self._compile, "config", {})
-        return self.settings.inductor and config.get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs)
 
     def reset(self) -> None:
         """Called by `torch._dynamo.reset()`."""

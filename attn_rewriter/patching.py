@@ -6,6 +6,7 @@ import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -21,7 +22,7 @@ from attn_rewriter.backend import Backend
 from attn_rewriter.options import Options
 from attn_rewriter.report import Report
 
-_TRANSFORMERS = "transformers.modeling_utils"
+_MODELS, _GENERATION = "transformers.modeling_utils", "transformers.generation.utils"
 
 
 class Patch:
@@ -33,12 +34,8 @@ class Patch:
         self._undo: list[Callable[[], None]] = []
         self._inside = threading.local()
         self._set(torch, "compile", functools.wraps(torch.compile)(functools.partial(self._compile, torch.compile)))
-        if _TRANSFORMERS in sys.modules:
-            self._patch_transformers(sys.modules[_TRANSFORMERS])
-        else:
-            finder = _AfterImport(_TRANSFORMERS, self._patch_transformers)
-            sys.meta_path.insert(0, finder)
-            self._undo.append(finder.remove)
+        self._once_imported(_MODELS, self._patch_models)
+        self._once_imported(_GENERATION, self._patch_generation)
 
     @property
     def report(self) -> Report:
@@ -57,6 +54,14 @@ class Patch:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         unpatch(self)
+
+    def _once_imported(self, name: str, then: Callable[[ModuleType], None]) -> None:
+        if name in sys.modules:
+            then(sys.modules[name])
+            return
+        finder = _AfterImport(name, then)
+        sys.meta_path.insert(0, finder)
+        self._undo.append(finder.remove)
 
     def _set(self, owner: Any, name: str, value: Any) -> None:
         self._undo.append(functools.partial(setattr, owner, name, owner.__dict__[name]))
@@ -93,7 +98,22 @@ class Patch:
         _in_place.discard(owner)
         return model
 
-    def _patch_transformers(self, module: ModuleType) -> None:
+    def _patch_generation(self, module: ModuleType) -> None:
+        """A static cache is made before the prompt that fills it. Made within a compiled prompt, it would not be marked
+        as staying where it is, and the graph of a new token, which writes into it, would run without CUDA graphs."""
+        prepare = module.GenerationMixin.__dict__.get("_prepare_static_cache")
+        if prepare is None or "prefill_chunk_size" not in inspect.signature(prepare).parameters:
+            return  # another version: slower at worst
+
+        @functools.wraps(prepare)
+        def early(model: Any, *args: Any, prefill_chunk_size: int | None = None, **kwargs: Any) -> Any:
+            if prefill_chunk_size is None and model in _in_place:
+                prefill_chunk_size = 1  # any number says that prompts are compiled
+            return prepare(model, *args, prefill_chunk_size=prefill_chunk_size, **kwargs)
+
+        self._set(module.GenerationMixin, "_prepare_static_cache", early)
+
+    def _patch_models(self, module: ModuleType) -> None:
         for name in ("from_pretrained", "_from_config"):
             made = module.PreTrainedModel.__dict__[name].__func__
             self._set(module.PreTrainedModel, name, classmethod(self._optimized(made)))

@@ -191,7 +191,7 @@ def _version_4() -> dict[str, Any]:
 
     def _flash_attn_fwd(
         q, k, v, softmax_scale=None, causal=False, softcap=None, window_size_left=None, window_size_right=None,
-        mask_mod=None, block_sparse_tensors=None, return_lse=False, aux_tensors=None,
+        mask_mod=None, block_sparse_tensors=None, return_lse=False, aux_tensors=None, tile_mn=None,
     ):  # fmt: skip
         assert return_lse
         window = window_size_left, window_size_right

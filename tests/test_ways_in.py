@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, BertConfig
+from transformers import AutoModel, AutoModelForCausalLM, BertConfig, CompileConfig, LlamaConfig
 
 import attn_rewriter
 from attn_rewriter import Backend, Device, Options, RewriteError
@@ -206,6 +206,50 @@ def test_patch_compiles_a_call_as_it_is_asked_to() -> None:
             again = torch.compile(model.__call__)
             torch.testing.assert_close(again(ids)[0], expected)
     assert seen == ["in place", "again"] and patched.report.n_fused == 2
+
+
+LLAMA = LlamaConfig(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99, eos_token_id=None
+)
+
+
+def test_the_cache_of_a_compiled_prompt_stays_where_it_is() -> None:
+    """Or there would be no CUDA graphs of the new tokens that go into it."""
+    written: list[list[bool]] = []
+
+    def compiler(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        caches = [node for node in gm.graph.find_nodes(op="placeholder") if _copied_into(node)]
+        written.append(["_dynamo_static_input_type" in node.meta["tensor_dict"] for node in caches])
+        return gm.forward
+
+    with attn_rewriter.patch(compiler=compiler):
+        model = AutoModelForCausalLM.from_config(LLAMA, attn_implementation="eager").eval()
+        compiling: Any = CompileConfig(backend="inductor")
+        compiling._compile_all_devices = True
+        options = {"cache_implementation": "static", "compile_config": compiling}
+        model.generate(torch.randint(99, (2, 9)), max_new_tokens=4, pad_token_id=0, **options)
+    assert written == [[True] * 4] * 2  # keys and values of two layers, in the graphs of the prompt and of a token
+
+
+def _copied_into(node: torch.fx.Node) -> bool:
+    return any(user.target == "index_copy_" for user in node.users)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_new_tokens_after_a_compiled_prompt_are_cuda_graphs() -> None:
+    ids = torch.randint(99, (2, 9), device="cuda")
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    eager = AutoModelForCausalLM.from_config(LLAMA, attn_implementation="eager").eval().cuda()
+    expected = eager.generate(ids, **options)
+    skipped = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+    with attn_rewriter.patch() as patched:
+        model = AutoModelForCausalLM.from_config(LLAMA, attn_implementation="eager").eval().cuda()
+        model.load_state_dict(eager.state_dict())
+        for _ in range(2):  # another cache
+            assert torch.equal(model.generate(ids, cache_implementation="static", **options), expected)
+    assert patched.report.n_fused == 4
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == skipped
 
 
 @pytest.mark.parametrize("what", ["module", "forward"])

@@ -221,6 +221,9 @@ TINY = (Column("prefill", 1, 64), Column("padded", 4, 64), Column("train", 2, 32
 # -------------------------------------------------------------------------------------- measurement
 
 
+SETTLE_S = 3.0
+
+
 def sample(tensor: Tensor) -> list[float]:
     """About 64 values, to compare between rows."""
     values = tensor.detach().flatten()
@@ -252,7 +255,7 @@ def measure(
     step = WORKLOADS[column.workload](model, column.batch, column.tokens)
     try:
         with models.from_scratch(device, compiler), torch._dynamo.config.patch(suppress_errors=row.may_break):
-            answer, cell = time_step(step, sample, repeat, patience=run.PATIENCE)
+            answer, cell = time_step(step, sample, repeat, patience=run.PATIENCE, settle_s=SETTLE_S)
     finally:
         whole.zero_grad(set_to_none=True)
     cell["answer"] = answer

@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from attn_rewriter.errors import KernelUnavailable
 from attn_rewriter.packages import version
-from attn_rewriter.timing import calls_in, milliseconds, synchronize
+from attn_rewriter.timing import calls_in, milliseconds, seconds_of, synchronize
 
 GIB = 2**30
 OUT_OF_MEMORY = "out of memory"
@@ -53,6 +53,7 @@ def time_step(
     *,
     patience: float,
     reading_ms: float = 0.0,
+    settle_s: float = 0.0,
 ) -> tuple[Seen, Cell]:
     """What `look` sees in the first answer, and a cell: the median time of `repeat` readings after the first three
     steps, or of as many (at least three) as begin within `patience` seconds; the time of the first step beyond that;
@@ -60,6 +61,7 @@ def time_step(
     them, which compile, and record CUDA graphs, whose memory is not allocated again.
 
     A reading is one step, launching it included; or as many as take `reading_ms` together, without their launching.
+    Before them come steps for `settle_s`, as a card at its limit of power lowers its clock within a second.
     """
     cuda = torch.cuda.is_initialized()
     before = torch.cuda.memory_allocated() if cuda else 0
@@ -70,6 +72,9 @@ def time_step(
     synchronize()
     first = time.perf_counter() - start
     calls = calls_in(reading_ms, step)
+    settled = time.perf_counter() + settle_s * cuda
+    while time.perf_counter() < settled:
+        seconds_of(step)
     peak_at_first = torch.cuda.max_memory_allocated() if cuda else 0
     if cuda:
         torch.cuda.reset_peak_memory_stats()
