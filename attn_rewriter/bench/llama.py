@@ -1,12 +1,12 @@
 """Llama as a whole: what the rewriter makes of an unmodified eager model, next to the alternatives.
 
-Rows share their random weights, and are compiled by Inductor with static shapes:
+Rows share their random weights, and are compiled by Inductor with static shapes, but for one:
 
     eager               transformers' attn_implementation="eager"
     sdpa                transformers' attn_implementation="sdpa". Compiled, it makes the mask that it does without
                         uncompiled (up to torch 2.13), and calls SDPA with that tensor and with repeated key heads
     flash_attention_2   transformers' attn_implementation="flash_attention_2", which breaks the graph where there is
-                        padding; what does not compile runs as it is
+                        padding; what does not compile runs as it is ("flash_attention_2, uncompiled": all of it)
     hand                written by hand: scaled_dot_product_attention(is_causal=True, enable_gqa=...), no mask
     rewritten           the eager model through attn_rewriter.optimize(model)
 
@@ -82,7 +82,8 @@ def by_hand(
 
 @dataclass(frozen=True)
 class Row:
-    """A model's attention, and what it can't do without: a package, an unpadded batch, running what doesn't compile."""
+    """A model's attention, what it can't do without (a package, an unpadded batch, running what doesn't compile), and
+    whether it is compiled."""
 
     label: str
     attn_implementation: str
@@ -90,6 +91,7 @@ class Row:
     package: str | None = None
     pads: bool = True
     may_break: bool = False
+    compiled: bool = True
 
     def check(self, workload: str) -> None:
         """Raise `KernelUnavailable` where it can't be measured."""
@@ -104,6 +106,9 @@ ROWS = {
     "sdpa": Row("HF sdpa + Inductor", "sdpa"),
     "flash_attention_2": Row(
         "HF flash_attention_2 + Inductor", "flash_attention_2", package="flash-attn", may_break=True
+    ),
+    "flash_attention_2, uncompiled": Row(
+        "HF flash_attention_2", "flash_attention_2", package="flash-attn", compiled=False
     ),
     "hand": Row("by hand + Inductor", "by_hand", pads=False),
     "rewritten": Row("HF eager, rewritten", "eager", rewrite=True),
@@ -250,7 +255,8 @@ def measure(
     AttentionInterface.register("by_hand", by_hand)
     whole = build(sizes, device, dtype)
     model = view(whole, row.attn_implementation)
-    models.compile_in_place(model, row.rewrite, compiler)
+    if row.compiled:
+        models.compile_in_place(model, row.rewrite, compiler)
     torch.manual_seed(1)
     step = WORKLOADS[column.workload](model, column.batch, column.tokens)
     try:
