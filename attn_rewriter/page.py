@@ -12,7 +12,7 @@ import torch
 
 from attn_rewriter.picture import CELLS, picture
 from attn_rewriter.sites import SiteReport, folded, in_ms, short, summary
-from attn_rewriter.spec import AttentionSpec, Bias, Shapes, same
+from attn_rewriter.spec import Bias, Shapes, Size, TensorMask, conjunction, same
 
 _STYLE = Path(__file__).with_name("page.css")
 _SIDE, _THIN, _CELL = 96, 12, 8
@@ -37,7 +37,7 @@ def page(sites: Sequence[SiteReport], rewrite_seconds: float) -> str:
         element("title", summary(sites)),
         element("style", Html(_STYLE.read_text("ascii"))),
     )
-    rows = [(f"site-{number}", *row) for number, row in enumerate(folded(sites), 1)]
+    rows = [(f"site-{number}", name or "the model", site) for number, (name, site) in enumerate(folded(sites), 1)]
     content = (_about(sites, rewrite_seconds), _not_fused(rows), _legend(), _table(rows)) if sites else ()
     body = element("body", _PATTERNS, element("main", element("h1", summary(sites)), *content))
     html = element("html", element("head", *head), body, lang="en")
@@ -74,12 +74,8 @@ def _legend() -> Html:
     """What the colours of the pictures mean."""
     meanings = {"attended": "attended, at least in part", "possible": "depends on the data", "hidden": "not attended"}
     keys = (element("span", _svg({kind: [[True] * 3] * 3}, 12, 12), " ", meaning) for kind, meaning in meanings.items())
-    return element(
-        "p",
-        element("span", f"Masks: queries down, keys across, at most {CELLS} cells each way."),
-        *keys,
-        class_="legend",
-    )
+    says = element("span", f"Masks: queries down, keys across, at most {CELLS} cells each way.")
+    return element("p", says, *keys, class_="legend")
 
 
 # ------------------------------------------------------------------------------------------------------ the table
@@ -92,37 +88,43 @@ def _table(rows: Sequence[tuple[str, str, SiteReport]]) -> Html:
 
 
 def _row(key: str, modules: str, site: SiteReport) -> Html:
-    if site.spec is not None and site.shapes is not None:
-        mask = _mask(site.spec, site.shapes)
-        computes = (element("div", str(site.spec)), element("div", _in_words(site.shapes), class_="minor"))
-    else:
-        mask, computes = Html(), (element("div", "not read", class_="minor"),)
     place = (
-        element("div", _breakable(modules or "the model", "."), class_="module"),
+        element("div", _breakable(modules, "."), class_="module"),
         element("div", _breakable(short(site.source), "/"), class_="minor"),
     )
     kernel = (element("div", site.kernel or "not fused", class_="kernel"), *_times(site), *_why(site))
-    cells = {"mask": (mask,), "site": place, "computes": computes, "choice": kernel}
+    cells = {"mask": _mask(site), "site": place, "computes": _computes(site), "choice": kernel}
     kind = "fused" if site.kernel else "eager"
     return element("tr", *(element("td", *cell, class_=name) for name, cell in cells.items()), id=key, class_=kind)
 
 
+def _computes(site: SiteReport) -> list[Html]:
+    if site.spec is None or site.shapes is None:
+        return [element("div", "not read", class_="minor")]
+    return [element("div", str(site.spec)), element("div", _in_words(site.shapes), class_="minor")]
+
+
 def _in_words(shapes: Shapes) -> str:
-    heads = f"{shapes.num_heads} heads" + (f" over {shapes.num_kv_heads} key heads" if shapes.is_gqa else "")
+    heads = _counted(shapes.num_heads, "head", "heads")
+    heads += f" over {_counted(shapes.num_kv_heads, 'key head', 'key heads')}" if shapes.is_gqa else ""
+    lengths = _counted(shapes.q_len, "query", "queries"), _counted(shapes.kv_len, "key", "keys")
     dims = f"{shapes.head_dim}" + ("" if same(shapes.head_dim, shapes.head_dim_v) else f" and {shapes.head_dim_v}")
     dtype, narrower = (str(t).removeprefix("torch.") for t in (shapes.dtype, shapes.product_dtype or shapes.dtype))
-    words = [f"batch {shapes.batch}", heads, f"{shapes.q_len} queries", f"{shapes.kv_len} keys", f"head_dim {dims}"]
+    words = [f"batch {shapes.batch}", heads, *lengths, f"head_dim {dims}"]
     words.append(dtype if dtype == narrower else f"{narrower}, biases {dtype}")
     return ", ".join([*words, "with backward"] if shapes.needs_backward else words)
+
+
+def _counted(size: Size, one: str, many: str) -> str:
+    return f"{size} {one if same(size, 1) else many}"
 
 
 def _why(site: SiteReport) -> list[Html]:
     """Why the site is left alone; for those who ask, why a kernel that would come before does not run."""
     if not site.refusals:
         return []
-    said = [
-        reason for refusal in site.refusals for reason in refusal.reason.split("; ")
-    ]  # all kernels' in one, at times
+    # Where no kernel can run, one refusal has the reasons of all.
+    said = [reason for refusal in site.refusals for reason in refusal.reason.split("; ")]
     reasons = element("ul", *(element("li", reason) for reason in said), class_="why")
     if site.kernel is None:
         return [reasons]
@@ -156,8 +158,13 @@ _PATTERNS = Html(
 """What all pictures share, in units of their cells."""
 
 
-def _mask(spec: AttentionSpec, shapes: Shapes) -> Html:
-    drawn = picture(spec.keep, shapes.q_len, shapes.kv_len)
+def _mask(site: SiteReport) -> list[Html]:
+    if site.spec is None or site.shapes is None:
+        return []
+    # A bias may be a mask that nobody can look into, such as `generate` hands in.
+    biases = [m for m in site.spec.modifiers if isinstance(m, Bias) and "key" in m.axes]
+    hidden = (TensorMask(bias.tensor, bias.axes, additive=True) for bias in biases)
+    drawn = picture(conjunction((site.spec.keep, *hidden)), site.shapes.q_len, site.shapes.kv_len)
     cells = {
         "attended": drawn.attended,
         "possible": drawn.possible & ~drawn.attended,
@@ -165,14 +172,14 @@ def _mask(spec: AttentionSpec, shapes: Shapes) -> Html:
     }
     n_rows, n_columns = drawn.attended.shape
     unit = min(_SIDE / max(n_rows, n_columns), _CELL)
-    title = f"{spec.keep}: {drawn.lengths[0]} queries down, {drawn.lengths[1]} keys across"
+    down, across = _counted(drawn.lengths[0], "query", "queries"), _counted(drawn.lengths[1], "key", "keys")
+    title = f"{site.spec.keep}: {down} down, {across} across"
     kinds = {kind: held.tolist() for kind, held in cells.items() if held.any()}
     svg = _svg(kinds, max(unit * n_columns, _THIN), max(unit * n_rows, _THIN), title)
     notes = [f"at {symbol} = {number}" for symbol, number in drawn.example.items()]
-    if any(isinstance(modifier, Bias) and "key" in modifier.axes for modifier in spec.modifiers):
-        notes.append("the bias may hide more")
+    notes += ["the bias may hide keys"] if biases else []
     caption = [element("figcaption", *(element("div", note) for note in notes))] if notes else []
-    return element("figure", svg, *caption)
+    return [element("figure", svg, *caption)]
 
 
 def _svg(kinds: Mapping[str, Sequence[Sequence[bool]]], width: float, height: float, title: str | None = None) -> Html:
