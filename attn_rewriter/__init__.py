@@ -10,7 +10,8 @@ from attn_rewriter.device import Device
 from attn_rewriter.errors import AttnRewriterError, KernelUnavailable, Refusal, RewriteError
 from attn_rewriter.options import Options
 from attn_rewriter.patching import Patch, patch, unpatch
-from attn_rewriter.report import Report, SiteReport
+from attn_rewriter.report import Report
+from attn_rewriter.sites import SiteReport
 from attn_rewriter.spec import AttentionSpec
 
 __all__ = [

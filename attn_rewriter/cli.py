@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     run.add_argument("--autotune", action="store_true", help="time the usable kernels and take the fastest")
     run.add_argument("--strict", action="store_true", help="raise where something unexpected happens")
     run.add_argument("--quiet", action="store_true", help="do not print the table of sites at the end")
+    run.add_argument("--html", type=Path, metavar="FILE", help="write the sites to a page as well")
     run.add_argument("script", type=Path)
     run.add_argument("args", nargs=argparse.REMAINDER, help="the script's own arguments")
     doctor_parser = commands.add_parser("doctor", help="what this machine has, and what would be chosen and why")
@@ -85,6 +86,10 @@ def run_script(options: argparse.Namespace) -> int:
     if not script.is_file():
         print(f"there is no script {str(script)!r}", file=sys.stderr)
         return 2
+    if options.html is not None and not options.html.parent.is_dir():
+        print(f"there is no folder {str(options.html.parent)!r} for --html", file=sys.stderr)
+        return 2
+    html = options.html and options.html.resolve()  # wherever the script goes
     kernels = options.kernel.split(",") if "," in options.kernel else options.kernel
     sys.argv = [str(script), *options.args]
     sys.path[0] = str(script.parent.resolve())
@@ -95,6 +100,8 @@ def run_script(options: argparse.Namespace) -> int:
         finally:
             if not options.quiet:
                 Console(stderr=True).print(patched.report)
+            if html is not None:
+                html.write_text(patched.report.to_html())
     return 0
 
 

@@ -22,7 +22,8 @@ from attn_rewriter.errors import KernelUnavailable, Refusal, RewriteError
 from attn_rewriter.find import Site, find
 from attn_rewriter.graph import Facts, erase_unused, module_path, source, tensor
 from attn_rewriter.lower import lower, obstacle
-from attn_rewriter.report import Report, SiteReport
+from attn_rewriter.report import Report
+from attn_rewriter.sites import SiteReport
 from attn_rewriter.spec import AttentionSpec
 from attn_rewriter.splice import share
 
@@ -107,7 +108,7 @@ def _rewrite_site(
     choice = choose(
         found.spec, found.shapes, device, settings.kernel, inductor=settings.inductor, preferred=tuple(timed)
     )
-    read = replace(unread, spec=found.spec, shapes=found.shapes, times=tuple(timed.items()))
+    read = replace(unread, spec=found.spec, shapes=found.shapes, times=tuple(timed.items()), device=device)
     if isinstance(choice, Refusal):
         return replace(read, refusals=(choice,))
     if found.spec.dropout_p:

@@ -22,7 +22,7 @@ import attn_rewriter
 from attn_rewriter import Backend, Options
 from attn_rewriter.choose import Choice, choose
 from attn_rewriter.device import Device
-from attn_rewriter.report import SiteReport
+from attn_rewriter.sites import SiteReport
 from tests.accuracy import error, rounding_unit
 from tests.models import NothingNarrowed
 from tests.running import gradients
