@@ -14,7 +14,7 @@ from torch.fx import Graph, Node
 
 from attn_rewriter.describe import describe
 from attn_rewriter.errors import Refusal, Refused
-from attn_rewriter.find import find
+from attn_rewriter.find import find, is_after_softmax
 from attn_rewriter.graph import Facts, shape, tensor
 from attn_rewriter.splice import Splice
 
@@ -42,6 +42,8 @@ def _sums(node: Node, facts: Facts) -> Iterator[tuple[str, list[Node]]]:
                 found.name in ("add", "sub")
                 and found["alpha"] == 1
                 and _are_alike(value, found["input"], found["other"])
+                and is_after_softmax(facts, found["input"])  # unlike rotary positions
+                and is_after_softmax(facts, found["other"])
             ):
                 yield side, path
             if found.name not in ("cast", "copy"):

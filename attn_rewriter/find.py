@@ -85,6 +85,23 @@ def _product_before(facts: Facts, softmax: Softmax | Refusal) -> bool:
     return False
 
 
+def is_after_softmax(facts: Facts, node: Node) -> bool:
+    """Whether a walk back from a node, up to the nearest products, meets a softmax, or an `exp` as in one by hand."""
+    seen: set[Node] = set()
+    stack = [node]
+    while stack:
+        node = stack.pop()
+        call = facts.call(node)
+        if node in seen or call is None:
+            continue
+        seen.add(node)
+        if call.name in ("softmax", "exp"):
+            return True
+        if call.name in _PASSED:
+            stack.extend(node.all_input_nodes)
+    return False
+
+
 def _products_after(facts: Facts, anchor: Node) -> Iterator[Node]:
     """The nearest products that a softmax's result flows into, nearest first."""
     seen, queue = {anchor}, list(anchor.users)

@@ -14,6 +14,7 @@ import transformers
 from torch.overrides import TorchFunctionMode
 
 import attn_rewriter
+from attn_rewriter import distribute
 from tests.accuracy import assert_as_accurate, error, rounding_unit
 from tests.models import ARCHITECTURES, NothingNarrowed, build, inputs
 from tests.running import gradients
@@ -374,3 +375,13 @@ def test_inductor_generates() -> None:
     tokens = model.generate(**inputs("qwen2", "left"), **options)
     assert_all_fused(model, 2 * 2)
     assert torch.equal(tokens, build("qwen2", "eager").generate(**inputs("qwen2", "left"), **options))
+
+
+def test_rotary_positions_are_not_tried_as_two_attentions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A query that is a sum is no sum of weights; a trial copies the graph."""
+    tried: list[Any] = []
+    monkeypatch.setattr(distribute, "_is_two_attentions", lambda *given: tried.append(given))
+    model = optimized("llama", "eager")
+    run(model, draws("llama", "left"))
+    assert_all_fused(model, ARCHITECTURES["llama"].n_sites)
+    assert not tried
