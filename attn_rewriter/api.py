@@ -32,6 +32,7 @@ def optimize(
     fullgraph: bool = False,
     strict: bool = False,
     autotune: bool = False,
+    verify: bool | str = False,
     options: Mapping[str, Any] | None = None,
 ) -> Model:
     """Compile a module in place, its attention rewritten, and return it; a function is returned compiled.
@@ -44,6 +45,8 @@ def optimize(
         mode, dynamic, fullgraph: as in `torch.compile`.
         strict: raise where something unexpected happens at a site, instead of leaving it as it is with a warning.
         autotune: time the usable kernels on each site's shapes, once, and take the fastest (as `mode="max-autotune"`).
+        verify: compare each site with the model's own operations, on the inputs of each graph's first call, or of each
+            call ("always"); one that breaks the contract stays as it is, with a warning.
         options: more options for the compiler, as in `torch.compile`.
 
     Raises:
@@ -51,7 +54,8 @@ def optimize(
         ValueError: an option, kernel, compiler or mode is not known; the message names the valid ones.
     """
     _check_model(model)
-    given = {**(options or {}), "kernel": kernel, "compiler": compiler, "strict": strict, "autotune": autotune}
+    given = {**(options or {}), "kernel": kernel, "compiler": compiler, "strict": strict}
+    given |= {"autotune": autotune, "verify": verify}
     backend = Backend(Options.of(given, mode))
     if isinstance(model, nn.Module):
         compile_in_place(model, backend, dynamic=dynamic, fullgraph=fullgraph)
@@ -110,16 +114,12 @@ def explain(
     """
     _check_model(model)
     imagined = None if device is None else Device.parse(device)
-    backend = Backend(Options(kernel, compiler=_run_as_is), device=imagined, dry=imagined is not None)
+    backend = Backend(Options(kernel), device=imagined, dry=imagined is not None, looks=True)
     # A report of its own for each call: the many compilations of one function must not meet Dynamo's limit for them.
     unlimited = {"recompile_limit": 1 << 20, "accumulated_recompile_limit": 1 << 20}
     with torch._dynamo.config.patch(unlimited):
         torch.compile(calling(model), backend=backend)(*args, **kwargs)
     return backend.report
-
-
-def _run_as_is(gm: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-    return gm.forward
 
 
 def _check_model(model: Any) -> None:

@@ -20,11 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._guards import TracingContext, tracing
-from torch._subclasses import FakeTensorMode
-from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx import Node
 
+from attn_rewriter.alone import by_itself
 from attn_rewriter.choose import usable, with_pairs
 from attn_rewriter.describe import Description
 from attn_rewriter.device import Device
@@ -97,14 +95,9 @@ def _time(found: Description, device: Device, name: str) -> tuple[float, ...]:
     (FlexAttention's block mask counts in full, though layers share it.)"""
     samples = Samples(found)
     operands = Operands(found, samples, lambda x, dtype: x.to(dtype), lambda n: n)
-    names = list(operands)
-    held = [operands[name] for name in names]
+    held = [*operands.values()]
     wanted = [x for x in held if isinstance(x, torch.Tensor) and x.requires_grad]
-
-    def attend(*held: Any) -> torch.Tensor:
-        return KERNELS[name](found.spec, found.shapes, device, dict(zip(names, held)))
-
-    run = _compiled(attend, held) if KERNELS[name].needs_inductor else attend
+    run = by_itself(KERNELS[name], found.spec, found.shapes, device, dict(operands))
 
     def forward() -> torch.Tensor:
         with torch.set_grad_enabled(found.shapes.needs_backward):
@@ -125,19 +118,6 @@ def _milliseconds(step: Callable[[], Any], cuda: bool) -> float:
     step()
     calls = calls_in(_READING_MS, step, cuda=cuda)
     return statistics.median(milliseconds(step, calls, held_ms=2 * _READING_MS, cuda=cuda) for _ in range(_READINGS))
-
-
-def _compiled(function: Callable[..., torch.Tensor], args: Sequence[Any]) -> Callable[..., torch.Tensor]:
-    """A function as Inductor compiles it, not traced by Dynamo: as one node of a graph, like those that are emitted."""
-    from torch._inductor.compile_fx import compile_fx  # takes seconds where Inductor is not in use
-
-    graph = Graph()
-    graph.output((graph.call_function(function, tuple(graph.placeholder(f"arg{i}") for i in range(len(args)))),))
-    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
-    with tracing(TracingContext(mode)):
-        inputs = [mode.from_tensor(x, static_shapes=True) if isinstance(x, torch.Tensor) else x for x in args]
-        compiled: Any = compile_fx(GraphModule({}, graph), inputs)
-    return lambda *args: compiled(*args)[0]
 
 
 class Samples:

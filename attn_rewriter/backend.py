@@ -12,8 +12,10 @@ from torch.fx import GraphModule
 from attn_rewriter.buffers import Buffers
 from attn_rewriter.device import Device
 from attn_rewriter.options import Options
-from attn_rewriter.pipeline import Settings, rewrite
+from attn_rewriter.pipeline import Checks, Settings, rewrite
 from attn_rewriter.report import Report
+from attn_rewriter.sites import Check
+from attn_rewriter.verify import duplicate, verify
 
 
 class Backend:
@@ -23,13 +25,24 @@ class Backend:
     are keyed by the graph, and another option or version that rewrites differently makes another graph. (Functions of
     this package in it, as for FlexAttention, keep AOTAutograd from caching it; they are gone when Inductor sees it.
     flash-attention's packages are called by an operator, `kernels/flash.py`.)
+
+    Where it only `looks`, for `explain`, graphs are rewritten as for their compiler, but run as they were. A `device`
+    imagines another one; then, `dry`, kernels are chosen, and no graph is rewritten.
     """
 
-    def __init__(self, options: Options | None = None, *, device: Device | None = None, dry: bool = False) -> None:
+    def __init__(
+        self,
+        options: Options | None = None,
+        *,
+        device: Device | None = None,
+        dry: bool = False,
+        looks: bool = False,
+    ) -> None:
         self.options = options or Options()
         inductor = self.options.compiler == "inductor"
         autotune = self.options.autotune or (self.options.mode or "").startswith("max-autotune")
         self.settings = Settings(self.options.kernel, device, self.options.strict, dry, inductor, autotune)
+        self._looks = looks
         self._compile = _compiler(self.options)
         self._reports: list[Report] = []
 
@@ -39,14 +52,39 @@ class Backend:
         return Report.joined(self._reports)
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+        original = duplicate(gm) if self._looks or self.options.verify == "always" else gm
         with Buffers(gm, example_inputs) as buffers:
             compiled = self._rewritten(gm, example_inputs, **kwargs)
+        if self._looks:
+            return original.forward
         # Traced once more, so that Dynamo's own guards watch over whatever its compilation takes for granted.
-        return buffers.guarded(compiled, lambda original: torch.compile(original, backend=self._rewritten))
+        compiled = buffers.guarded(compiled, lambda original: torch.compile(original, backend=self._rewritten))
+        return self._watched(compiled, original) if self.options.verify == "always" else compiled
 
-    def _rewritten(self, gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
-        self._reports.append(rewrite(gm, self.settings))
-        return self._compile(gm, example_inputs, **kwargs)
+    def _rewritten(
+        self, gm: GraphModule, example_inputs: Sequence[Any], checks: Checks | None = None, **kwargs: Any
+    ) -> Callable[..., Any]:
+        if checks is None and self.options.verify:
+            checks = verify(gm, example_inputs, self.settings)
+        self._reports.append(rewrite(gm, self.settings, checks))
+        return gm.forward if self._looks else self._compile(gm, example_inputs, **kwargs)
+
+    def _watched(self, compiled: Callable[..., Any], original: GraphModule) -> Callable[..., Any]:
+        """A compiled graph whose sites are checked at each call after the first."""
+        first = True
+        bad: dict[int, Check] = {}
+
+        def call(*args: Any) -> Any:
+            nonlocal compiled, first
+            checks = {} if first else verify(original, args, self.settings, without=bad)
+            first = False
+            if failed := {number: check for number, check in checks.items() if check.verdict}:
+                bad.update(failed)
+                again = functools.partial(self._rewritten, checks=dict(bad))
+                compiled = torch.compile(duplicate(original), backend=again)
+            return compiled(*args)
+
+        return call
 
     def reset(self) -> None:
         """Called by `torch._dynamo.reset()`."""

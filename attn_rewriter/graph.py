@@ -500,8 +500,7 @@ class Facts:
         It is `node` itself, or the last in-place operation on that very tensor. Contents changed through a
         view, an overlapping tensor or an unknown operation are refused.
         """
-        writes = self._writes.get(_storage(node), ())
-        between = [w for w in writes if self.position[node] < self.position[w] < self.position[at]]
+        between = [w for w in self.writes(node) if self.position[node] < self.position[w] < self.position[at]]
         if not between:
             return node
         for write in between:
@@ -509,17 +508,21 @@ class Facts:
                 refuse("describe", f"{node} is modified in place by {describe_node(write)} before it is used", write)
         return between[-1]
 
+    def writes(self, node: Node) -> list[Node]:
+        """The nodes that may change the contents of a tensor, or of what shares its memory."""
+        return self._writes.get(_storage(node), [])
+
     def unchanged(self, node: Node, until: Node | None = None) -> bool:
         """Whether `until`, or the end of the graph, still sees the contents that `node` had when it was made."""
         end = self.position[until] if until is not None else math.inf
-        return not any(self.position[node] < self.position[w] < end for w in self._writes.get(_storage(node), ()))
+        return not any(self.position[node] < self.position[w] < end for w in self.writes(node))
 
     def replace(self, old: Node, new: list[Node], result: Node) -> None:
         """`result`, one of the `new` nodes that were inserted before `old`, takes its place."""
         self.inserted += new
         self.position.update(dict.fromkeys(new, self.position[old]))
         self._regions.update(dict.fromkeys(new, self._regions[old]))
-        self._writes[_storage(result)] = self._writes.get(_storage(old), [])
+        self._writes[_storage(result)] = self.writes(old)
         for user in old.users:
             self._calls.pop(user, None)
         old.replace_all_uses_with(result)

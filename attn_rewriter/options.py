@@ -24,6 +24,9 @@ class Options:
     strict: raise `RewriteError` where something unexpected happens at a site, instead of leaving it as it is.
     autotune: time the usable kernels on each site's shapes, once, and take the fastest; what was found is kept in the
         user's cache folder (`attn_rewriter.autotune`). So do the modes "max-autotune…".
+    verify: compare each site with the model's own operations, in float64, when a graph is first called (True) or at
+        each call ("always"), and leave it as it is, with a warning, where it breaks the contract
+        (`attn_rewriter.verify`).
     mode: as in `torch.compile`, for the compiler.
     compiler_options: all other options, for the compiler.
     """
@@ -32,6 +35,7 @@ class Options:
     compiler: Compiler = "inductor"
     strict: bool = False
     autotune: bool = False
+    verify: bool | str = False
     mode: str | None = None
     compiler_options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -40,6 +44,8 @@ class Options:
         for name in ("strict", "autotune"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} is True or False, not {getattr(self, name)!r}")
+        if self.verify not in (False, True, "always"):
+            raise ValueError(f'verify is True, False or "always", not {self.verify!r}')
         if isinstance(self.compiler, str):
             names = [name for name in torch._dynamo.list_backends(exclude_tags=()) if name != "attn_rewriter"]
             if self.compiler not in names:

@@ -92,7 +92,7 @@ def _row(key: str, modules: str, site: SiteReport) -> Html:
         element("div", _breakable(modules, "."), class_="module"),
         element("div", _breakable(short(site.source), "/"), class_="minor"),
     )
-    kernel = (element("div", site.kernel or "not fused", class_="kernel"), *_times(site), *_why(site))
+    kernel = (element("div", site.kernel or "not fused", class_="kernel"), *_times(site), *_checked(site), *_why(site))
     cells = {"mask": _mask(site), "site": place, "computes": _computes(site), "choice": kernel}
     kind = "fused" if site.kernel else "eager"
     return element("tr", *(element("td", *cell, class_=name) for name, cell in cells.items()), id=key, class_=kind)
@@ -129,6 +129,10 @@ def _why(site: SiteReport) -> list[Html]:
     if site.kernel is None:
         return [reasons]
     return [element("details", element("summary", f"why not another ({len(said)})"), reasons)]
+
+
+def _checked(site: SiteReport) -> list[Html]:
+    return [element("p", text) for text in site.verified]
 
 
 def _times(site: SiteReport) -> list[Html]:

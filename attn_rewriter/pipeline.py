@@ -6,28 +6,33 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import count
+from typing import TypeVar
 
 from torch.fx import GraphModule
 
 from attn_rewriter.autotune import times
 from attn_rewriter.choose import Request, choose, requested
-from attn_rewriter.describe import describe
+from attn_rewriter.describe import Description, describe
 from attn_rewriter.device import Device
 from attn_rewriter.distribute import distribute
 from attn_rewriter.emit import emit
 from attn_rewriter.errors import KernelUnavailable, Refusal, RewriteError
 from attn_rewriter.find import Site, find
 from attn_rewriter.graph import Facts, erase_unused, module_path, source, tensor
+from attn_rewriter.kernels import Kernel
 from attn_rewriter.lower import lower, obstacle
 from attn_rewriter.report import Report
-from attn_rewriter.sites import SiteReport
+from attn_rewriter.sites import Check, SiteReport
 from attn_rewriter.spec import AttentionSpec
 from attn_rewriter.splice import share
 
 log = logging.getLogger("attn_rewriter")
+Result = TypeVar("Result")
+Checks = Mapping[int, Check]
+"""What was found of the sites of a graph, by their number."""
 
 
 @dataclass(frozen=True)
@@ -44,23 +49,26 @@ class Settings:
     autotune: bool = False
 
 
-def rewrite(gm: GraphModule, settings: Settings) -> Report:
-    """Rewrite every site of a graph in place, and report on each."""
+def rewrite(gm: GraphModule, settings: Settings, checks: Checks | None = None) -> Report:
+    """Rewrite every site of a graph in place, and report on each; but not those, by their number, whose check says that
+    they had better stay."""
     started = time.perf_counter()
     sites: list[SiteReport] = []
     random = count()
-    for facts in _graphs(gm):
-        sites += _rewrite(facts, settings, random)
+    for facts in graphs(gm):
+        for site in [*find(facts)]:
+            found = plan(site, facts, settings, (checks or {}).get(len(sites)))
+            sites.append(_carried_out(found, facts, settings, random) if isinstance(found, Plan) else found)
         share(facts)
         owner = facts.graph.owning_module
         assert owner is not None
         owner.recompile()
-    for site in sites:
-        log.info("%s", site)
+    for report in sites:
+        log.info("%s", report)
     return Report(tuple(sites), rewrite_seconds=time.perf_counter() - started)
 
 
-def _graphs(gm: GraphModule) -> Iterator[Facts]:
+def graphs(gm: GraphModule) -> Iterator[Facts]:
     """The graph, then the bodies that it calls, each with its multi-head attention calls opened and without what
     nobody uses."""
     queue = [Facts(gm.graph, dict(gm.named_children()))]
@@ -75,25 +83,49 @@ def _graphs(gm: GraphModule) -> Iterator[Facts]:
         yield facts
 
 
-def _rewrite(facts: Facts, settings: Settings, random: Iterator[int]) -> Iterator[SiteReport]:
-    for site in [*find(facts)]:
-        unread = SiteReport(module_path(site.anchor), source(site.anchor))
-        try:
-            yield _rewrite_site(site, facts, settings, random, unread)
-        except KernelUnavailable as error:
-            raise KernelUnavailable(f"{unread.place}: {error}") from None
-        except Exception as error:
-            message = f"{unread.place}: {type(error).__name__}: {error}"
-            if settings.strict:
-                raise RewriteError(f"could not rewrite the attention at {message}") from error
-            warnings.warn(f"attn_rewriter leaves this attention as it is, after an error at {message}", stacklevel=2)
-            log.debug("internal error at %s", message, exc_info=error)
-            yield replace(unread, refusals=(Refusal("internal", f"{type(error).__name__}: {error}", site.anchor),))
+@dataclass(frozen=True)
+class Plan:
+    """What will be done at a site, and what is reported of it."""
+
+    site: Site
+    found: Description
+    kernel: Kernel
+    device: Device
+    report: SiteReport
 
 
-def _rewrite_site(
-    site: Site, facts: Facts, settings: Settings, random: Iterator[int], unread: SiteReport
-) -> SiteReport:
+def plan(site: Site, facts: Facts, settings: Settings, check: Check | None = None) -> Plan | SiteReport:
+    """What to do at a site; a report where it stays as it is.
+
+    Raises `KernelUnavailable` where a kernel was asked for by name and can't compute it, `RewriteError` for what is
+    unexpected where the settings are strict."""
+    unread = SiteReport(module_path(site.anchor), source(site.anchor))
+    return _guarded(unread, site, settings, lambda: _planned(site, facts, settings, check, unread))
+
+
+def _carried_out(plan: Plan, facts: Facts, settings: Settings, random: Iterator[int]) -> SiteReport:
+    return _guarded(plan.report, plan.site, settings, lambda: _emitted(plan, facts, settings, random))
+
+
+def _guarded(report: SiteReport, site: Site, settings: Settings, stage: Callable[[], Result]) -> Result | SiteReport:
+    """What a stage returns, or a report of what went wrong."""
+    try:
+        return stage()
+    except KernelUnavailable as error:
+        raise KernelUnavailable(f"{report.place}: {error}") from None
+    except Exception as error:
+        message = f"{report.place}: {type(error).__name__}: {error}"
+        if settings.strict:
+            raise RewriteError(f"could not rewrite the attention at {message}") from error
+        warnings.warn(f"attn_rewriter leaves this attention as it is, after an error at {message}", stacklevel=2)
+        log.debug("internal error at %s", message, exc_info=error)
+        unread = SiteReport(report.module, report.source)
+        return replace(unread, refusals=(Refusal("internal", f"{type(error).__name__}: {error}", site.anchor),))
+
+
+def _planned(
+    site: Site, facts: Facts, settings: Settings, check: Check | None, unread: SiteReport
+) -> Plan | SiteReport:
     if site.kind == "mha":
         reason = obstacle(site.anchor, site.call) or "it could not be opened"
         return replace(unread, refusals=(Refusal("lower", reason, site.anchor),))
@@ -108,15 +140,26 @@ def _rewrite_site(
     choice = choose(
         found.spec, found.shapes, device, settings.kernel, inductor=settings.inductor, preferred=tuple(timed)
     )
-    read = replace(unread, spec=found.spec, shapes=found.shapes, times=tuple(timed.items()), device=device)
+    read = replace(unread, spec=found.spec, shapes=found.shapes, times=tuple(timed.items()), device=device, check=check)
     if isinstance(choice, Refusal):
         return replace(read, refusals=(choice,))
+    if check is not None and check.verdict:
+        refused = Refusal("verify", f"{choice.kernel.name} {check.verdict}", site.anchor)
+        if settings.strict:
+            raise RuntimeError(refused.reason)
+        warnings.warn(f"attn_rewriter leaves the attention at {read.place} as it is: {refused.reason}", stacklevel=2)
+        return replace(read, refusals=(*choice.refused, refused))
+    return Plan(site, found, choice.kernel, device, replace(read, kernel=choice.kernel.name, refusals=choice.refused))
+
+
+def _emitted(plan: Plan, facts: Facts, settings: Settings, random: Iterator[int]) -> SiteReport:
+    found, report = plan.found, plan.report
     if found.spec.dropout_p:
         found = replace(found, spec=_of_its_own(found.spec, next(random)))
-    emitted = emit(site, found, choice.kernel, device, facts) if not settings.dry else None
+    emitted = emit(plan.site, found, plan.kernel, plan.device, facts) if not settings.dry else None
     if isinstance(emitted, Refusal):
-        return replace(read, refusals=(*choice.refused, emitted))
-    return replace(read, kernel=choice.kernel.name, refusals=choice.refused)
+        return replace(report, kernel=None, refusals=(*report.refusals, emitted))
+    return report
 
 
 def _of_its_own(spec: AttentionSpec, n: int) -> AttentionSpec:

@@ -71,7 +71,7 @@ class Report:
                 str(site.spec) if site.spec is not None else "–",
                 str(site.shapes) if site.shapes is not None else "–",
                 site.kernel or "eager",
-                "\n".join(site.reasons),
+                "\n".join((*site.reasons, *site.verified)),
             )
             table.add_row(*map(Text, cells))
         return Group(table)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from attn_rewriter.device import Device
@@ -13,10 +13,27 @@ from attn_rewriter.spec import AttentionSpec, Shapes
 
 
 @dataclass(frozen=True)
+class Check:
+    """How a site's kernel did on a graph's own inputs: `errors` are root mean squares of the differences from float64,
+    as (of what, the kernel's, eager code's); `verdict` says what is wrong, or why nothing is known."""
+
+    errors: tuple[tuple[str, float, float], ...] = ()
+    verdict: str = ""
+
+    @property
+    def worst(self) -> float:
+        """The largest error over eager's own."""
+        return max((fused / max(eager, 1e-300) for _, fused, eager in self.errors), default=0.0)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{what} off by {fused:.1e} (eager {eager:.1e})" for what, fused, eager in self.errors)
+
+
+@dataclass(frozen=True)
 class SiteReport:
     """One attention site. `kernel` is None where the model's own code stays; `refusals` say why, or why the kernels
     that would have been preferred can't run; `times` are the milliseconds that kernels were timed at here; `device` is
-    what the kernel was chosen for."""
+    what the kernel was chosen for; `check` is how it did where it was verified."""
 
     module: str
     source: str
@@ -26,12 +43,18 @@ class SiteReport:
     refusals: tuple[Refusal, ...] = ()
     times: tuple[tuple[str, float], ...] = ()
     device: Device | None = None
+    check: Check | None = None
 
     @property
     def reasons(self) -> tuple[str, ...]:
         """Why this kernel, or none."""
         timed = ", ".join(f"{name} {in_ms(milliseconds)}" for name, milliseconds in self.times)
         return (*(refusal.reason for refusal in self.refusals), *([f"timed: {timed}"] if timed else []))
+
+    @property
+    def verified(self) -> tuple[str, ...]:
+        """How it did where it was checked."""
+        return (f"verified: {self.check}",) if self.check is not None and self.check.errors else ()
 
     @property
     def place(self) -> str:
@@ -54,6 +77,7 @@ class SiteReport:
             "refusals": [str(refusal) for refusal in self.refusals],
             "times": dict(self.times),
             "device": str(self.device) if self.device is not None else None,
+            "check": asdict(self.check) if self.check is not None else None,
         }
 
 
@@ -69,11 +93,12 @@ def summary(sites: Sequence[SiteReport]) -> str:
 
 
 def folded(sites: Iterable[SiteReport]) -> list[tuple[str, SiteReport]]:
-    """Sites that differ in their module alone share a row: "layers.{0…31}.self_attn"."""
+    """Sites that differ in their module alone share a row: "layers.{0…31}.self_attn"; their checks the worst of all."""
     rows: dict[Any, list[SiteReport]] = {}
     for site in sites:
         rows.setdefault((site.source, site.spec, site.shapes, site.kernel, site.reasons), []).append(site)
-    return [(_merged([site.module for site in group]), group[0]) for group in rows.values()]
+    worst = [max(group, key=lambda site: site.check.worst if site.check else 0.0) for group in rows.values()]
+    return [(_merged([site.module for site in group]), site) for group, site in zip(rows.values(), worst)]
 
 
 def _merged(modules: list[str]) -> str:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from attn_rewriter.contract import budget, error
+
 
 def assert_as_accurate(fused: Any, eager: Any, truth: Any, name: str = "") -> None:
     """Assert that `fused` is as near to `truth` as `eager` is, up to what rounding explains.
@@ -46,18 +48,7 @@ def _assert_tensor_as_accurate(fused: torch.Tensor, eager: torch.Tensor, truth: 
     assert fused.isfinite().all(), f"{name} is not finite"
     if not truth.numel():
         return
-    wrong, budget = error(fused, truth), 1.5 * error(eager, truth) + rounding_unit(truth, fused.dtype)
-    assert wrong <= budget, (
-        f"{name} is off by {wrong:.3g}, the budget is {budget:.3g} (eager {error(eager, truth):.3g})"
+    wrong, allowed = error(fused, truth), budget(eager, truth)
+    assert wrong <= allowed, (
+        f"{name} is off by {wrong:.3g}, the budget is {allowed:.3g} (eager {error(eager, truth):.3g})"
     )
-
-
-def error(result: torch.Tensor, truth: torch.Tensor) -> float:
-    """The root mean square of the difference. (The largest one depends too much on luck where there are few
-    elements; a single wrong element still stands out against an error that is a rounding error everywhere.)"""
-    return (result.detach().cpu().double() - truth.detach().cpu()).square().mean().sqrt().item()
-
-
-def rounding_unit(truth: torch.Tensor, dtype: torch.dtype) -> float:
-    """The spacing of numbers of type `dtype` at the largest magnitude of `truth`."""
-    return torch.finfo(dtype).eps * truth.detach().abs().max().item()

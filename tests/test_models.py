@@ -15,7 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 import attn_rewriter
 from attn_rewriter import distribute
-from tests.accuracy import assert_as_accurate, error, rounding_unit
+from attn_rewriter.contract import error, rounding_unit
+from tests.accuracy import assert_as_accurate
 from tests.models import ARCHITECTURES, NothingNarrowed, build, inputs
 from tests.running import gradients
 

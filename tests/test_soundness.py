@@ -28,8 +28,9 @@ from torch.utils.checkpoint import checkpoint
 
 from attn_rewriter import AttentionSpec, Device, Refusal, Report
 from attn_rewriter.choose import Choice, choose
+from attn_rewriter.contract import error, rounding_unit
 from attn_rewriter.spec import Mask, Shapes, TensorMask
-from tests.accuracy import assert_as_accurate, error, rounding_unit
+from tests.accuracy import assert_as_accurate
 from tests.running import DRAWS, joined, rewritten, together, truth, with_gradients
 from tests.standins import installed
 

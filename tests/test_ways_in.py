@@ -194,6 +194,22 @@ def noted(seen: list[str], name: str, gm: torch.fx.GraphModule, inputs: Any) -> 
     return gm.forward
 
 
+def test_explain_chooses_as_for_inductor_and_runs_the_model_as_it_is() -> None:
+    """A softcap goes to FlexAttention, which takes Inductor; here nothing is compiled."""
+
+    def capped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return (5 * torch.tanh(q @ k.mT / 5)).softmax(-1) @ v
+
+    given = [torch.randn(1, 2, 9, 16) for _ in range(3)]
+    outputs = []
+    with torch.no_grad():
+        here = attn_rewriter.explain(lambda *args: outputs.append(capped(*args)), *given)
+    assert torch.equal(outputs[0], capped(*given))
+    given = [x.bfloat16().requires_grad_() for x in given]
+    imagined = attn_rewriter.explain(capped, *given, device="sm_80")
+    assert [site.kernel for site in (*here.sites, *imagined.sites)] == ["flex", "flex"]
+
+
 def test_patch_compiles_a_call_as_it_is_asked_to() -> None:
     """As `generate` does it: a model from transformers, compiled in place for prompts, is compiled again for tokens."""
     seen: list[str] = []
@@ -377,7 +393,7 @@ def test_doctor(device: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         ({"compiler": "gcc"}, "inductor"),
         ({"compiler": "attn_rewriter"}, "inductor"),
         ({"mode": "fastest"}, "reduce-overhead"),
-        ({"options": {"kernle": "sdpa"}}, "kernel, compiler, strict, autotune, mode"),
+        ({"options": {"kernle": "sdpa"}}, "kernel, compiler, strict, autotune, verify, mode"),
     ],
 )
 def test_unknown_names_raise_with_the_valid_ones(options: dict[str, Any], named: str, model: nn.Module) -> None:

@@ -21,11 +21,11 @@ from torch.fx import GraphModule
 import attn_rewriter
 from attn_rewriter import Backend, Options
 from attn_rewriter.choose import Choice, choose
+from attn_rewriter.contract import error, rounding_unit
 from attn_rewriter.device import Device
 from attn_rewriter.sites import SiteReport
-from tests.accuracy import error, rounding_unit
 from tests.models import NothingNarrowed
-from tests.running import gradients
+from tests.running import gradients, run_as_is
 from tests.zoo.configs import model_class
 from tests.zoo.models import Inputs, Subject, cast, configs_of, in_type, subjects
 from tests.zoo.sites import Counted, count
@@ -159,7 +159,7 @@ def compiled(model: Any, backend: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def rewriter() -> Backend:
-    return Backend(Options(compiler=attn_rewriter.api._run_as_is, strict=True))
+    return Backend(Options(compiler=run_as_is, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------

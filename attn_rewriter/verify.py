@@ -1,0 +1,364 @@
+"""Checking fused attention against the model's own code, on the inputs that a graph is called with.
+
+The graph runs once as it is, without gradients. Where it comes to the end of a site, three results are compared, with
+their gradients where the site is trained: the kernel's, that of the model's own operations, and that of the same
+operations in float64. What is written into is a copy; dropout is left out, as both draw numbers of their own; and so
+are rows without any key, which eager code leaves unspecified.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch.fx import GraphModule, Interpreter, Node
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from attn_rewriter.alone import by_itself
+from attn_rewriter.contract import budget, error
+from attn_rewriter.emit import Operands, arrange
+from attn_rewriter.find import find
+from attn_rewriter.graph import Facts, size, tensor
+from attn_rewriter.kernels.masking import keep_mask
+from attn_rewriter.patterns.axes import plan as steps
+from attn_rewriter.pipeline import Plan, Settings, graphs, plan
+from attn_rewriter.progress import working
+from attn_rewriter.sites import Check
+from attn_rewriter.spec import Mask, Size
+
+
+def verify(
+    gm: GraphModule, inputs: Sequence[Any], settings: Settings, without: Container[int] = ()
+) -> dict[int, Check]:
+    """Check all sites of a graph that would be rewritten, by their number, but for some. The graph stays as it is.
+
+    Inputs are tensors, and numbers for symbolic sizes.
+    """
+    copied = duplicate(gm)
+    found: dict[torch.fx.Graph, _Sites] = {}
+    number = 0
+    for facts in graphs(copied):
+        plans = {}
+        for site in [*find(facts)]:
+            if number not in without and isinstance(planned := plan(site, facts, settings), Plan):
+                plans[number] = _Planned(planned, facts)
+            number += 1
+        found[facts.graph] = _Sites(facts, plans)
+    if any(isinstance(x, FakeTensor) for x in inputs) or not any(sites.plans for sites in found.values()):
+        return {}
+    checks: dict[int, Check] = {}
+    device = settings.device or next(p.plan.device for sites in found.values() for p in sites.plans.values())
+    forked = range(torch.cuda.device_count()) if device.type == "cuda" else ()
+    with working("checking attention against eager code"), torch.random.fork_rng(forked), torch.no_grad():
+        _Run(copied, _Context(found, checks)).run(*map(_hint, inputs))
+    return checks
+
+
+def duplicate(gm: GraphModule) -> GraphModule:
+    """A graph of its own, over the same tensors."""
+    modules = [*gm.modules()]
+    tensors = [x for module in modules for x in (*module.parameters(recurse=False), *module.buffers(recurse=False))]
+    tensors += [x for module in modules for x in vars(module).values() if isinstance(x, Tensor)]
+    return copy.deepcopy(gm, {id(x): x for x in tensors})
+
+
+def _hint(x: Any) -> Any:
+    return x.node.hint if isinstance(x, torch.SymInt) else x
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A plan, and the part of the graph that it replaces."""
+
+    plan: Plan
+    facts: Facts
+
+    @cached_property
+    def numeric(self) -> tuple[Node, ...]:
+        """The operands that enter the arithmetic."""
+        found = self.plan.found
+        nodes = (found.operands[name].node for name in ("query", "key", "value", *sorted(found.spec.numeric)))
+        return tuple(dict.fromkeys(node for node in nodes if isinstance(node, Node)))
+
+    @cached_property
+    def interior(self) -> tuple[Node, ...]:
+        """The operations between the operands and the output, in order."""
+        output = self.plan.site.output
+        end = self.facts.position[output]
+        after: set[Node] = set()  # what depends on the operands
+        for node in self.facts.graph.nodes:
+            if node not in self.numeric and any(x in self.numeric or x in after for x in node.all_input_nodes):
+                after.add(node)
+        wanted, stack = set(), [output]
+        while stack:
+            node = stack.pop()
+            if node not in after or node in wanted or self.facts.position[node] > end:
+                continue
+            wanted.add(node)
+            stack += [*node.all_input_nodes, *self.facts.writes(node)]
+        return tuple(sorted(wanted, key=self.facts.position.__getitem__))
+
+    @cached_property
+    def needs(self) -> tuple[Node, ...]:
+        """What must be known at the end of the site."""
+        operands = [state.node for state in self.plan.found.operands.values() if isinstance(state.node, Node)]
+        before = [x for node in self.interior for x in node.all_input_nodes if x not in self.interior]
+        return tuple(dict.fromkeys([*operands, *before]))
+
+
+@dataclass(frozen=True)
+class _Sites:
+    """The plans for one graph."""
+
+    facts: Facts
+    plans: dict[int, _Planned]
+
+
+@dataclass(frozen=True)
+class _Context:
+    """What the runs of a graph and of its bodies share: the sites, what was found of them, the sizes that are symbols,
+    and the kernels that were prepared."""
+
+    sites: Mapping[torch.fx.Graph, _Sites]
+    checks: dict[int, Check]
+    symbols: dict[sympy.Symbol, int] = field(default_factory=dict)
+    kernels: dict[Any, Callable[..., Tensor]] = field(default_factory=dict)
+
+    def size(self, n: Size) -> int:
+        return int(n.subs(self.symbols)) if isinstance(n, sympy.Expr) else n
+
+    def learn(self, held: Any, value: Any) -> None:
+        """What symbols are, from a fake value and the real one."""
+        if isinstance(held, torch.SymInt) and isinstance(symbol := size(held), sympy.Symbol):
+            self.symbols[symbol] = value
+        elif isinstance(held, Tensor) and isinstance(value, Tensor):
+            for n, real in zip(held.shape, value.shape):
+                self.learn(n, real)
+
+
+class _Run(Interpreter):
+    """Runs a graph as it is, and checks its sites on the way."""
+
+    def __init__(self, gm: GraphModule, context: _Context) -> None:
+        super().__init__(gm)
+        self._context, self._sites = context, context.sites[gm.graph]
+        self._ends: dict[Node, list[int]] = {}
+        for number, planned in self._sites.plans.items():
+            self._ends.setdefault(planned.plan.site.output, []).append(number)
+        self._keep_until_the_end()
+
+    def _keep_until_the_end(self) -> None:
+        """Let values live as long as a check needs them."""
+        position = self._sites.facts.position
+        last = {x: user for user, values in self.user_to_last_uses.items() for x in values}
+        for planned in self._sites.plans.values():
+            for x in planned.needs:
+                end = planned.plan.site.output
+                if x in last and position[last[x]] < position[end]:
+                    last[x] = end
+        self.user_to_last_uses = {}
+        for x, user in last.items():
+            self.user_to_last_uses.setdefault(user, []).append(x)
+
+    def run_node(self, n: Node) -> Any:
+        if n.target is torch._C._set_grad_enabled:
+            return None
+        body = next((a for a in n.all_input_nodes if self._is_body(a, n)), None)
+        result = super().run_node(n) if body is None else self._through(n, body)
+        self._context.learn(n.meta.get("example_value"), result)
+        for number in self._ends.get(n, ()):
+            planned = self._sites.plans[number]
+            values = {x: self.env[x] for x in planned.needs} | {n: result}
+            self._context.checks[number] = _checked(self, planned, values, self._context)
+        return result
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().placeholder(target, args, kwargs)
+        return value.clone() if isinstance(value, Tensor) and self._is_written(str(target)) else value
+
+    def _is_written(self, name: str) -> bool:
+        facts = self._sites.facts
+        return any(node.target == name and facts.writes(node) for node in facts.graph.find_nodes(op="placeholder"))
+
+    def _is_body(self, node: Node, caller: Node) -> bool:
+        module = self.submodules.get(str(node.target)) if node.op == "get_attr" else None
+        sites = self._context.sites.get(module.graph) if isinstance(module, GraphModule) else None
+        return sites is not None and sites.facts.single and sites.facts.caller is caller
+
+    def _through(self, n: Node, body: Node) -> Any:
+        """A region such as a checkpointed one, whose body takes the last of its arguments."""
+        module: Any = self.submodules[str(body.target)]
+        given: list[Any] = []
+        torch.fx.map_arg((n.args, n.kwargs), lambda x: given.append(self.env[x]))
+        inputs = len(module.graph.find_nodes(op="placeholder"))
+        return _Run(module, self._context).run(*given[len(given) - inputs :])
+
+
+# ---------------------------------------------------------------------------------------------- one site
+
+
+def _checked(run: Interpreter, planned: _Planned, values: Mapping[Node, Any], context: _Context) -> Check:
+    try:
+        return _compared(run, planned, values, context)
+    except torch.OutOfMemoryError:
+        where = planned.plan.report.place
+        warnings.warn(f"attn_rewriter can't verify the attention at {where}: out of memory", stacklevel=2)
+        return Check()
+    except Exception as error:
+        return Check(verdict=f"could not be verified: {type(error).__name__}: {error}")
+
+
+def _compared(run: Interpreter, planned: _Planned, values: Mapping[Node, Any], context: _Context) -> Check:
+    """The errors of one site, and whether they keep the contract."""
+    found, kernel, device = planned.plan.found, planned.plan.kernel, planned.plan.device
+    spec = replace(found.spec, dropout_p=0.0)
+    output = values[planned.plan.site.output]
+    number = context.size
+
+    def fused(values: Mapping[Node, Any]) -> Tensor:
+        operands = dict(_operands(planned, values, number))
+        held = [*operands.values()]
+        key = kernel.name, spec, found.shapes, *(map(_like, held))
+        if key not in context.kernels:
+            context.kernels[key] = by_itself(kernel, spec, found.shapes, device, operands, number)
+        result = context.kernels[key](*held)
+        return _as_output(planned, result, number).to(output.dtype)
+
+    def eager(values: Mapping[Node, Any]) -> Tensor:
+        inner = Interpreter(run.module, garbage_collect_values=False)
+        inner.env = dict(values)
+        with _WithoutDropout():
+            for node in planned.interior:
+                inner.env[node] = inner.run_node(node)
+        held: Tensor = inner.env[planned.plan.site.output]
+        return held
+
+    keys = _rows_with_a_key(planned, values, number)
+    way = torch.randn_like(output) if output.is_floating_point() else output
+    way = way if keys is None else way * keys
+    results = {}
+    for name, function, wide in (("fused", fused, False), ("eager", eager, False), ("truth", eager, True)):
+        with _widened(output.device.type) if wide else nullcontext():
+            results[name] = _with_gradients(planned, function, values, way, wide)
+    errors, verdict = [], ""
+    for what, *held in zip(("output", "gradients"), *results.values()):
+        if any(x is None for x in held):
+            continue
+        of_fused, of_eager, truth = held
+        known = truth.isfinite() & of_eager.isfinite()
+        if what == "output" and keys is not None:
+            known = known & keys
+        of_fused, of_eager, truth = of_fused[known], of_eager[known], truth[known]
+        if not truth.numel():
+            continue
+        allowed = budget(of_eager, truth)
+        errors.append((what, error(of_fused, truth), error(of_eager, truth)))
+        if not errors[-1][1] <= allowed:  # nor where it is no number
+            verdict = verdict or f"is off by {errors[-1][1]:.3g} in its {what}, where {allowed:.3g} is allowed"
+    return Check(tuple(errors), verdict)
+
+
+def _like(x: Any) -> Any:
+    """What a kernel is prepared for."""
+    return (x.shape, x.stride(), x.dtype, x.requires_grad) if isinstance(x, Tensor) else x
+
+
+def _with_gradients(
+    planned: _Planned,
+    function: Callable[[Mapping[Node, Any]], Tensor],
+    values: Mapping[Node, Any],
+    way: Tensor,
+    wide: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """A result, and its gradients for all operands as one tensor: the rounding unit is that of the largest."""
+
+    def leaf(node: Node, x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        like = tensor(node)
+        x = x.detach().double() if wide else x.detach().clone()
+        return x.requires_grad_(node in planned.numeric and like is not None and like.requires_grad)
+
+    leaves = {node: leaf(node, values[node]) for node in planned.needs}
+    wanted = [x for x in leaves.values() if isinstance(x, Tensor) and x.requires_grad]
+    with torch.set_grad_enabled(planned.plan.found.shapes.needs_backward):
+        result = function(leaves | {planned.plan.site.output: values[planned.plan.site.output]})
+    if not wanted or not result.requires_grad:
+        return result.detach(), None
+    gradients = torch.autograd.grad(result, wanted, way.to(result.dtype), allow_unused=True)
+    return result.detach(), torch.cat([g.flatten().to(result.dtype) for g in gradients if g is not None])
+
+
+def _operands(planned: _Planned, values: Mapping[Node, Any], number: Callable[[Size], int]) -> Operands:
+    def of(node: Any) -> Any:
+        return values[node] if isinstance(node, Node) else node
+
+    return Operands(planned.plan.found, of, lambda x, dtype: x.to(dtype), number)
+
+
+def _as_output(planned: _Planned, result: Tensor, number: Callable[[Size], int]) -> Tensor:
+    """A tensor in the layout of kernels as the site's output has it."""
+    found = planned.plan.found
+    arranged: Tensor = arrange(result, steps(found.layout.of("output"), found.output), number)
+    return arranged
+
+
+def _rows_with_a_key(planned: _Planned, values: Mapping[Node, Any], number: Callable[[Size], int]) -> Tensor | None:
+    """Which elements of the output are specified; None where all are."""
+    found = planned.plan.found
+    operands = _operands(planned, values, number)
+    keep = keep_mask((m for m in found.spec.modifiers if isinstance(m, Mask)), found.shapes, operands)
+    if keep is None or found.spec.sinks is not None:
+        return None
+    shapes = found.shapes
+    sizes = [number(n) for n in (shapes.batch, shapes.num_heads, shapes.q_len, shapes.head_dim_v)]
+    return _as_output(planned, keep.any(-1, keepdim=True).expand(sizes), number)
+
+
+# ---------------------------------------------------------------------------------------------- the truth
+
+
+@contextmanager
+def _widened(device: str) -> Iterator[None]:
+    with torch.autocast(device, enabled=False), _Widened():
+        yield
+
+
+class _Widened(TorchDispatchMode):
+    """Computes in float64, whatever types are asked for."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(_wide, (args, kwargs or {}))
+        if func is torch.ops.aten._softmax.default:  # its last argument says that half becomes float
+            args = (*args[:2], False)
+        return func(*args, **kwargs)
+
+
+def _wide(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return x.double() if x.is_floating_point() else x
+    return torch.float64 if isinstance(x, torch.dtype) and x.is_floating_point else x
+
+
+class _WithoutDropout(TorchFunctionMode):
+    """Drops nothing."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = getattr(function, "__name__", ""), dict(kwargs or {})
+        if name in ("dropout", "dropout_", "alpha_dropout", "feature_dropout"):
+            return args[0] if args else kwargs["input"]
+        if name == "scaled_dot_product_attention":
+            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
+            kwargs |= {} if len(args) > 4 else {"dropout_p": 0.0}
+        return function(*args, **kwargs)

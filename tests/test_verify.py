@@ -1,0 +1,211 @@
+"""Verification: right sites pass, wrong kernels are found out, and nothing else changes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import attn_rewriter
+from attn_rewriter import Backend, Options, RewriteError
+from attn_rewriter.kernels import KERNELS
+from attn_rewriter.kernels.sdpa import SDPA
+from tests.models import ARCHITECTURES, build, inputs
+from tests.running import run_as_is
+from tests.spellings import SPELLINGS, Spelling
+
+LENGTH = 24
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    torch._dynamo.reset()
+
+
+def verified(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """What a function returns under the rewriter, and the report."""
+    backend = Backend(Options(compiler=run_as_is, **{"verify": True, **options}))
+    return torch.compile(function, backend=backend)(*args), backend.report
+
+
+class Off(SDPA):
+    """SDPA with an error of its own: in its output, in its gradients, or by raising."""
+
+    error: Any = staticmethod(lambda output: output)
+
+    def attend(self, *given: Any) -> Tensor:
+        return self.error(super().attend(*given))
+
+
+class _WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * 1.01
+
+
+def _raise(output: Tensor) -> Tensor:
+    if isinstance(output, Tensor) and not isinstance(output, torch._subclasses.FakeTensor):
+        raise RuntimeError("no such luck")
+    return output
+
+
+WRONG = {
+    "output": (lambda output: output * 1.001, "off by .* in its output"),
+    "gradients": (_WrongGradient.apply, "off by .* in its gradients"),
+    "no number": (lambda output: output * float("nan"), "off by nan in its output"),
+    "an exception": (_raise, "could not be verified: RuntimeError: no such luck"),
+}
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = (q @ k.mT * 0.25).masked_fill(torch.ones(LENGTH, LENGTH, device=q.device).triu(1).bool(), float("-inf"))
+    return scores.softmax(-1) @ v
+
+
+def draw(**how: Any) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(2, 4, LENGTH, 16, **how) for _ in range(3)]
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_kernel_is_put_back(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    off, reason = WRONG[what]
+    monkeypatch.setattr(Off, "error", staticmethod(off))
+    monkeypatch.setitem(KERNELS, "sdpa", Off())
+    given = draw(requires_grad=True)
+    with pytest.warns(UserWarning, match=f"leaves the attention at .* as it is: sdpa .*{reason}"):
+        output, report = verified(attention, *given)
+    (site,) = report.sites
+    assert site.kernel is None and "sdpa" in site.refusals[-1].reason
+    assert torch.equal(output, attention(*given))
+    with pytest.raises(Exception, match=reason) as raised:
+        verified(attention, *given, strict=True)
+    assert isinstance(getattr(raised.value, "inner_exception", raised.value), RewriteError)
+
+
+def test_without_verification_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the other tests find out is the verification's doing."""
+    monkeypatch.setattr(Off, "error", staticmethod(WRONG["output"][0]))
+    monkeypatch.setitem(KERNELS, "sdpa", Off())
+    given = draw()
+    output, report = verified(attention, *given, verify=False)
+    assert report.n_fused == 1 and not torch.allclose(output, attention(*given), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "spelling", [s for s in SPELLINGS if s.computes and "sdpa" not in s.impossible], ids=lambda s: s.name
+)
+def test_right_sites_pass(spelling: Spelling) -> None:
+    """Whatever is read, in-place operations, sinks and gates included; with dropout as well."""
+    given = spelling.inputs(torch.float32, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        _, report = verified(spelling.function, *given, kernel="sdpa")
+    for site in report.sites:
+        assert site.kernel == "sdpa"
+        assert site.check is not None and not site.check.verdict
+        names = [what for what, *_ in site.check.errors]
+        wants = any(isinstance(x, Tensor) and x.requires_grad for x in given)
+        assert names == (["output", "gradients"] if wants else ["output"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["llama", "bert", "bart"])
+def test_models(name: str, dtype: torch.dtype) -> None:
+    """Every site of a padded batch, rows without a key among them."""
+    backend = Backend(Options(compiler=run_as_is, verify=True, strict=True))
+    model = build(name, "eager").to(dtype)
+    torch.compile(model, backend=backend)(**inputs(name, "left"))
+    assert backend.report.n_fused == ARCHITECTURES[name].n_sites
+    assert all(site.check and site.check.errors for site in backend.report.sites)
+    assert "verified:" in str(backend.report) and "verified: output off by" in backend.report.to_html()
+
+
+def test_inputs_and_random_numbers_stay_as_they_are() -> None:
+    def with_a_cache(q: Tensor, k: Tensor, v: Tensor, cache: Tensor) -> Tensor:
+        cache[:, :, :LENGTH] += k
+        return F.dropout(attention(q, cache[:, :, :LENGTH], v), 0.5)
+
+    caches, outputs = [], []
+    for verify in (False, True):
+        caches.append(torch.zeros(2, 4, 2 * LENGTH, 16))
+        given = draw()
+        torch.manual_seed(1)
+        output, report = verified(with_a_cache, *given, caches[-1], verify=verify)
+        outputs.append(output)
+        assert report.n_fused == 1
+    assert torch.equal(*caches) and torch.equal(*outputs) and caches[0].any()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_regions(reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return checkpoint(attention, attention(q, k, v), k, v, use_reentrant=reentrant)
+
+    given = draw(requires_grad=True)
+    _, report = verified(twice, *given)
+    assert [bool(site.check and site.check.errors) for site in report.sites] == [True, True]
+    monkeypatch.setattr(Off, "error", staticmethod(WRONG["output"][0]))
+    monkeypatch.setitem(KERNELS, "sdpa", Off())
+    torch._dynamo.reset()
+    with pytest.warns(UserWarning, match="leaves the attention"):
+        _, report = verified(twice, *given)
+    assert [site.kernel for site in report.sites] == [None, None]
+
+
+def test_symbolic_sizes() -> None:
+    def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        n = q.shape[-2]
+        keep = torch.arange(n)[:, None] >= torch.arange(n)[None, :]
+        return (q @ k.mT).masked_fill(~keep, float("-inf")).softmax(-1) @ v
+
+    backend = Backend(Options(compiler=run_as_is, verify=True, strict=True))
+    torch.compile(causal, backend=backend, dynamic=True)(*draw())
+    assert backend.report.sites[0].check and backend.report.sites[0].check.errors
+
+
+@pytest.mark.parametrize("verify", [True, "always"])
+def test_a_kernel_that_goes_wrong_later(verify: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only "always" looks again."""
+    monkeypatch.setitem(KERNELS, "sdpa", Off())
+    given = draw()
+    backend = Backend(Options(compiler=run_as_is, verify=verify))
+    compiled = torch.compile(attention, backend=backend)
+    assert torch.allclose(compiled(*given), attention(*given), atol=1e-6)
+    monkeypatch.setattr(Off, "error", staticmethod(WRONG["output"][0]))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = [compiled(*given) for _ in range(3)]
+    assert sum("leaves the attention" in str(warning.message) for warning in caught) == (verify == "always")
+    assert all(torch.equal(x, attention(*given)) for x in found) == (verify == "always")
+
+
+def test_no_memory_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: Any) -> Any:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr("attn_rewriter.verify._with_gradients", full)
+    with pytest.warns(UserWarning, match="can't verify the attention at .*: out of memory"):
+        _, report = verified(attention, *draw())
+    assert report.n_fused == 1 and not report.sites[0].verified
+
+
+def test_optimize_verifies() -> None:
+    model = nn.MultiheadAttention(32, 4, batch_first=True)
+    attn_rewriter.optimize(model, compiler="eager", verify=True)
+    x = torch.randn(2, 9, 32)
+    model(x, x, x, need_weights=False)
+    (site,) = attn_rewriter.report_of(model).sites
+    assert site.check and site.check.errors
+    with pytest.raises(ValueError, match='verify is True, False or "always", not "sometimes"'.replace('"', "['\"]")):
+        attn_rewriter.optimize(model, verify="sometimes")
