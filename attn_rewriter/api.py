@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -15,6 +15,7 @@ from attn_rewriter.choose import Request
 from attn_rewriter.device import Device
 from attn_rewriter.options import Compiler, Options
 from attn_rewriter.report import Report
+from attn_rewriter.withhold import is_kept
 
 Model = TypeVar("Model", bound=Callable[..., Any])
 
@@ -33,6 +34,7 @@ def optimize(
     strict: bool = False,
     autotune: bool = False,
     verify: bool | str = False,
+    keep_weights: Sequence[str] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Model:
     """Compile a module in place, its attention rewritten, and return it; a function is returned compiled.
@@ -47,6 +49,9 @@ def optimize(
         autotune: time the usable kernels on each site's shapes, once, and take the fastest (as `mode="max-autotune"`).
         verify: compare each site with the model's own operations, on the inputs of each graph's first call, or of each
             call ("always"); one that breaks the contract stays as it is, with a warning.
+        keep_weights: where the model returns its attention weights, as with `output_attentions=True`, keep those of the
+            modules that these patterns match ("model.layers.3.*"); all others come back as empty tensors, and their
+            attention is fused. None keeps all.
         options: more options for the compiler, as in `torch.compile`.
 
     Raises:
@@ -55,9 +60,10 @@ def optimize(
     """
     _check_model(model)
     given = {**(options or {}), "kernel": kernel, "compiler": compiler, "strict": strict}
-    given |= {"autotune": autotune, "verify": verify}
+    given |= {"autotune": autotune, "verify": verify, "keep_weights": keep_weights}
     backend = Backend(Options.of(given, mode))
     if isinstance(model, nn.Module):
+        _check_modules(model, keep_weights or ())
         compile_in_place(model, backend, dynamic=dynamic, fullgraph=fullgraph)
         return model
     compiled = torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=fullgraph)
@@ -120,6 +126,13 @@ def explain(
     with torch._dynamo.config.patch(unlimited):
         torch.compile(calling(model), backend=backend)(*args, **kwargs)
     return backend.report
+
+
+def _check_modules(model: nn.Module, patterns: Sequence[str]) -> None:
+    names = [name for name, _ in model.named_modules()]
+    for pattern in patterns:
+        if not any(is_kept(name, [pattern]) for name in names):
+            raise ValueError(f"no module's path matches {pattern!r} (keep_weights): they are like {names[-1]!r}")
 
 
 def _check_model(model: Any) -> None:

@@ -41,7 +41,16 @@ class Backend:
         self.options = options or Options()
         inductor = self.options.compiler == "inductor"
         autotune = self.options.autotune or (self.options.mode or "").startswith("max-autotune")
-        self.settings = Settings(self.options.kernel, device, self.options.strict, dry, inductor, autotune)
+        keep_weights = self.options.keep_weights
+        self.settings = Settings(
+            self.options.kernel,
+            device,
+            self.options.strict,
+            dry,
+            inductor,
+            autotune,
+            None if keep_weights is None else tuple(keep_weights),
+        )
         self._looks = looks
         self._compile = _compiler(self.options)
         self._reports: list[Report] = []

@@ -53,7 +53,7 @@ def find(facts: Facts) -> Iterator[Site]:
         elif call.name == "multi_head_attention_forward":
             yield Site("mha", node, node, call)
         elif (softmax := _softmax(node, call, matcher)) is not None and _product_before(facts, softmax):
-            output = next(_products_after(facts, node), None)
+            output = next((found for found, is_product in after(facts, node) if is_product), None)
             if output is not None:
                 known, refusal = (None, softmax) if isinstance(softmax, Refusal) else (softmax, None)
                 yield Site("softmax", node, output, call, known, refusal)
@@ -102,8 +102,8 @@ def is_after_softmax(facts: Facts, node: Node) -> bool:
     return False
 
 
-def _products_after(facts: Facts, anchor: Node) -> Iterator[Node]:
-    """The nearest products that a softmax's result flows into, nearest first."""
+def after(facts: Facts, anchor: Node) -> Iterator[tuple[Node, bool]]:
+    """What a softmax's result flows through to the nearest products, nearest first, and whether it is a product."""
     seen, queue = {anchor}, list(anchor.users)
     while queue:
         node = queue.pop(0)
@@ -111,7 +111,7 @@ def _products_after(facts: Facts, anchor: Node) -> Iterator[Node]:
         if node in seen or call is None:
             continue
         seen.add(node)
-        if call.name in PRODUCTS:
-            yield node
-        elif call.name in _PASSED - {"add", "sub"}:
+        if call.name in PRODUCTS or call.name in _PASSED - {"add", "sub"}:
+            yield node, call.name in PRODUCTS
+        if call.name in _PASSED - {"add", "sub"}:
             queue.extend(node.users)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Union
 
@@ -27,6 +27,9 @@ class Options:
     verify: compare each site with the model's own operations, in float64, when a graph is first called (True) or at
         each call ("always"), and leave it as it is, with a warning, where it breaks the contract
         (`attn_rewriter.verify`).
+    keep_weights: where a model returns its attention weights, those of the modules that these patterns match, as of
+        file names, stay what they are; those of all others become empty tensors, and their attention is fused. None
+        keeps all.
     mode: as in `torch.compile`, for the compiler.
     compiler_options: all other options, for the compiler.
     """
@@ -36,6 +39,7 @@ class Options:
     strict: bool = False
     autotune: bool = False
     verify: bool | str = False
+    keep_weights: Sequence[str] | None = None
     mode: str | None = None
     compiler_options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -44,6 +48,8 @@ class Options:
         for name in ("strict", "autotune"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} is True or False, not {getattr(self, name)!r}")
+        if isinstance(self.keep_weights, str) or not all(isinstance(name, str) for name in self.keep_weights or ()):
+            raise TypeError(f"keep_weights is a list of patterns of module paths, not {self.keep_weights!r}")
         if self.verify not in (False, True, "always"):
             raise ValueError(f'verify is True, False or "always", not {self.verify!r}')
         if isinstance(self.compiler, str):

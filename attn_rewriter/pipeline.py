@@ -28,6 +28,7 @@ from attn_rewriter.report import Report
 from attn_rewriter.sites import Check, SiteReport
 from attn_rewriter.spec import AttentionSpec
 from attn_rewriter.splice import share
+from attn_rewriter.withhold import withhold
 
 log = logging.getLogger("attn_rewriter")
 Result = TypeVar("Result")
@@ -39,7 +40,8 @@ Checks = Mapping[int, Check]
 class Settings:
     """What the pipeline is told: the kernels to choose from, the device to choose for (None: the tensors' own),
     whether something unexpected raises, whether to choose only and replace nothing, whether Inductor will compile the
-    graph, and whether to choose by timing the kernels here."""
+    graph, whether to choose by timing the kernels here, and the modules whose weights are wanted where a model returns
+    them (None: all)."""
 
     kernel: Request = "auto"
     device: Device | None = None
@@ -47,6 +49,7 @@ class Settings:
     dry: bool = False
     inductor: bool = True
     autotune: bool = False
+    keep_weights: tuple[str, ...] | None = None
 
 
 def rewrite(gm: GraphModule, settings: Settings, checks: Checks | None = None) -> Report:
@@ -55,7 +58,7 @@ def rewrite(gm: GraphModule, settings: Settings, checks: Checks | None = None) -
     started = time.perf_counter()
     sites: list[SiteReport] = []
     random = count()
-    for facts in graphs(gm):
+    for facts in graphs(gm, settings):
         for site in [*find(facts)]:
             found = plan(site, facts, settings, (checks or {}).get(len(sites)))
             sites.append(_carried_out(found, facts, settings, random) if isinstance(found, Plan) else found)
@@ -68,14 +71,15 @@ def rewrite(gm: GraphModule, settings: Settings, checks: Checks | None = None) -
     return Report(tuple(sites), rewrite_seconds=time.perf_counter() - started)
 
 
-def graphs(gm: GraphModule) -> Iterator[Facts]:
+def graphs(gm: GraphModule, settings: Settings) -> Iterator[Facts]:
     """The graph, then the bodies that it calls, each with its multi-head attention calls opened and without what
-    nobody uses."""
+    nobody uses, or wants."""
     queue = [Facts(gm.graph, dict(gm.named_children()))]
     while queue:
         facts = queue.pop()
         opened = lower(facts)
-        if erase_unused(facts.graph) or opened:
+        withheld = facts.outer is None and settings.keep_weights is not None and withhold(facts, settings.keep_weights)
+        if erase_unused(facts.graph) or opened or withheld:
             facts = replace(facts)
         if distribute(facts):
             facts = replace(facts)

@@ -48,7 +48,7 @@ def verify(
     copied = duplicate(gm)
     found: dict[torch.fx.Graph, _Sites] = {}
     number = 0
-    for facts in graphs(copied):
+    for facts in graphs(copied, settings):
         plans = {}
         for site in [*find(facts)]:
             if number not in without and isinstance(planned := plan(site, facts, settings), Plan):

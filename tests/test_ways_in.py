@@ -393,7 +393,7 @@ def test_doctor(device: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         ({"compiler": "gcc"}, "inductor"),
         ({"compiler": "attn_rewriter"}, "inductor"),
         ({"mode": "fastest"}, "reduce-overhead"),
-        ({"options": {"kernle": "sdpa"}}, "kernel, compiler, strict, autotune, verify, mode"),
+        ({"options": {"kernle": "sdpa"}}, "kernel, compiler, strict, autotune, verify, keep_weights, mode"),
     ],
 )
 def test_unknown_names_raise_with_the_valid_ones(options: dict[str, Any], named: str, model: nn.Module) -> None:

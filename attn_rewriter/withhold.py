@@ -1,0 +1,50 @@
+"""Attention weights that a model returns though nobody wants them: `keep_weights` names the layers whose are wanted.
+
+The weights of all others are replaced by empty tensors where the graph returns them, and nowhere else, so that their
+attention can be fused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch.fx import Node
+
+from attn_rewriter.find import after, find
+from attn_rewriter.graph import Facts, module_path, tensor
+from attn_rewriter.splice import run
+
+
+def withhold(facts: Facts, keep: Sequence[str]) -> bool:
+    """Return empty tensors for the weights of all sites in modules that no pattern of `keep` matches; whether there
+    were any. Weights that are used otherwise stay."""
+    (output,) = facts.graph.find_nodes(op="output")
+    unwanted = [node for node in _weights(facts, keep) if output in node.users]
+    for node in unwanted:
+        held = tensor(node)
+        assert held is not None
+        with facts.graph.inserting_before(output):
+            empty = facts.graph.call_function(torch.empty, (0,), {"dtype": held.dtype, "device": held.device})
+        empty.meta["example_value"] = run(empty, getattr(held, "fake_mode", None))
+        output.replace_input_with(node, empty)
+    return bool(unwanted)
+
+
+def _weights(facts: Facts, keep: Sequence[str]) -> Iterator[Node]:
+    for site in [*find(facts)]:
+        if site.kind == "softmax" and not is_kept(module_path(site.anchor), keep):
+            yield site.anchor
+            yield from (node for node, is_product in after(facts, site.anchor) if not is_product)
+
+
+def is_kept(module: str, keep: Sequence[str]) -> bool:
+    """Whether a pattern, as of file names, matches a module's path. After a graph break paths begin further inside, so
+    that the end of a pattern will do, if it names something."""
+    return any(fnmatchcase(module, end) for pattern in keep for end in _ends(pattern.split(".")))
+
+
+def _ends(names: Sequence[str]) -> Iterator[str]:
+    ends = (names[i:] for i in range(len(names)))
+    return (".".join(end) for end in ends if len(end) == len(names) or set("".join(end)) - set("*?"))

@@ -1,0 +1,93 @@
+"""Attention weights on demand: those of the modules that were named, while all others are fused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import attn_rewriter
+from attn_rewriter.withhold import is_kept
+from tests.accuracy import assert_as_accurate
+from tests.models import NothingNarrowed, build, inputs
+
+LAYERS = {"bert": "layer.{}.attention.self", "llama": "layers.{}.self_attn"}
+
+
+def outputs(model: nn.Module, name: str) -> Any:
+    given = inputs(name, "right")
+    return model(**{key: x for key, x in given.items() if key != "labels"}, output_attentions=True)
+
+
+@pytest.mark.parametrize("keep", [[], [0], [1], [0, 1], None], ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_weights_of_some_layers(name: str, keep: list[int] | None) -> None:
+    torch._dynamo.reset()
+    eager = outputs(build(name, "eager").eval(), name)
+    with NothingNarrowed():
+        exact = outputs(build(name, "eager").eval().double(), name)
+    patterns = None if keep is None else ["*." + LAYERS[name].format(i) for i in keep]
+    model = attn_rewriter.optimize(build(name, "eager").eval(), compiler="aot_eager", keep_weights=patterns)
+    found = outputs(model, name)
+    kept = [0, 1] if keep is None else keep
+    assert attn_rewriter.report_of(model).n_fused == 2 - len(kept)
+    for i in range(2):
+        if i in kept:
+            assert_as_accurate(found.attentions[i], eager.attentions[i], exact.attentions[i])
+        else:
+            assert found.attentions[i].shape == (0,)
+    assert_as_accurate(found[0], eager[0], exact[0])
+
+
+def test_weights_that_are_used_stay() -> None:
+    """What is computed from weights is wanted, whoever asks."""
+
+    def entropy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        weights = (q @ k.mT).softmax(-1)
+        return weights @ v, weights, weights.square().sum()
+
+    given = [torch.randn(1, 2, 9, 16) for _ in range(3)]
+    function = attn_rewriter.optimize(entropy, compiler="eager", keep_weights=[])
+    output, _, squares = function(*given)
+    expected = entropy(*given)
+    assert torch.equal(output, expected[0]) and torch.equal(squares, expected[2])
+    assert attn_rewriter.report_of(function).n_fused == 0
+
+
+def test_training_with_weights_withheld() -> None:
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weights = (q @ k.mT).softmax(-1)
+        return weights @ v, weights
+
+    given = [torch.randn(1, 2, 9, 16, requires_grad=True) for _ in range(3)]
+    function = attn_rewriter.optimize(attention, compiler="aot_eager", keep_weights=[], strict=True)
+    output, weights = function(*given)
+    assert attn_rewriter.report_of(function).n_fused == 1 and weights.numel() == 0
+    found = torch.autograd.grad(output.sum(), given)
+    for x, y in zip(found, torch.autograd.grad(attention(*given)[0].sum(), given)):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize(
+    ("path", "pattern", "expected"),
+    [
+        ("model.layers.3.self_attn", "model.layers.3.self_attn", True),
+        ("layers.3.self_attn", "model.layers.3.self_attn", True),
+        ("layers.3.self_attn", "model.layers.3.*", True),
+        ("layers.4.self_attn", "model.layers.3.*", False),
+        ("layers.13.self_attn", "*.3.self_attn", False),
+        ("anything", "*", True),
+    ],
+)
+def test_patterns(path: str, pattern: str, expected: bool) -> None:
+    assert is_kept(path, [pattern]) == expected
+
+
+def test_patterns_that_match_nothing() -> None:
+    model = build("bert", "eager")
+    with pytest.raises(ValueError, match=r"no module's path matches 'encoder.layers.\*' \(keep_weights\)"):
+        attn_rewriter.optimize(model, keep_weights=["encoder.layers.*"])
+    with pytest.raises(TypeError, match="keep_weights is a list of patterns of module paths, not 'encoder'"):
+        attn_rewriter.optimize(model, keep_weights="encoder")
