@@ -20,6 +20,7 @@ Model = TypeVar("Model", bound=Callable[..., Any])
 
 _backends: WeakKeyDictionary[Any, Backend] = WeakKeyDictionary()
 _number = count()
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def optimize(
@@ -71,8 +72,10 @@ def compile_in_place(model: nn.Module, backend: Backend, **options: Any) -> None
 def calling(model: Callable[..., Any]) -> Callable[..., Any]:
     """A function of this file that calls a model as it is, compiled or not."""
     call = model._call_impl if isinstance(model, nn.Module) else model
+    hooks = [vars(model)[name] for name in _HOOKS] if isinstance(model, nn.Module) else []
 
     def forward(*args: Any, **kwargs: Any) -> Any:
+        sum(map(len, hooks))  # so that Dynamo guards on them: of a module's hooks it does not notice the first one
         return call(*args, **kwargs)
 
     # Dynamo counts compilations, and remembers which sizes change, by code and by name: models must not share them.

@@ -49,7 +49,7 @@ def rewrite(gm: GraphModule, settings: Settings) -> Report:
     sites: list[SiteReport] = []
     random = count()
     for facts in _graphs(gm):
-        sites += _rewrite(facts, settings, random)
+        sites += map(_without_graph, _rewrite(facts, settings, random))
         share(facts)
         owner = facts.graph.owning_module
         assert owner is not None
@@ -88,6 +88,11 @@ def _rewrite(facts: Facts, settings: Settings, random: Iterator[int]) -> Iterato
             warnings.warn(f"attn_rewriter leaves this attention as it is, after an error at {message}", stacklevel=2)
             log.debug("internal error at %s", message, exc_info=error)
             yield replace(unread, refusals=(Refusal("internal", f"{type(error).__name__}: {error}", site.anchor),))
+
+
+def _without_graph(site: SiteReport) -> SiteReport:
+    """A report outlives the graph, and is copied and pickled with a compiled model."""
+    return replace(site, refusals=tuple(replace(refusal, node=None) for refusal in site.refusals))
 
 
 def _rewrite_site(
