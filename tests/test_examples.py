@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,5 +43,7 @@ def test_third_party() -> None:
 
 def test_finetune(tmp_path: Path) -> None:
     said = run("finetune.py", "--steps", "3", "--seq-len", "64", "--plot", str(tmp_path / "loss.png"))
-    assert "rewritten" in said
+    assert "4 of 4 attention sites fused" in said and "dropout 0.1" in said
+    for runs in ("the rewritten one", "the other eager ones"):
+        assert re.search(rf"from the first eager run, {runs}:\s+at most [0-9.e-]+", said), said
     assert (tmp_path / "loss.png").stat().st_size > 10_000

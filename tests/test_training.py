@@ -22,7 +22,6 @@ from tests.accuracy import assert_as_accurate
 from tests.models import ARCHITECTURES, NothingNarrowed, inputs
 from tests.models import build as build_any
 
-pytest.importorskip("accelerate")  # which Trainer needs
 transformers.logging.set_verbosity_error()
 
 STEPS, BATCH = 3, 2
@@ -72,6 +71,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 def trained(model: Any, name: str, folder: Path, **arguments: Any) -> Result:
     """The losses of a few steps of Trainer, and what they did to the weights. (By plain gradient descent: Adam's first
     step is as large for a gradient that is nothing but rounding as for any other.)"""
+    pytest.importorskip("accelerate")  # which Trainer needs
     losses: list[Tensor] = []
 
     class Noting(Trainer):
