@@ -38,6 +38,7 @@ def optimize(
     """Compile a module in place, its attention rewritten, and return it; a function is returned compiled.
 
     The module keeps its class, parameters and methods: only what a call of it runs changes, from the first call on.
+    A copy of it, or what is loaded from its pickle, runs its own code until it is optimised as well.
 
     Args:
         kernel: "auto", a kernel's name, or a list of names in order of preference.
