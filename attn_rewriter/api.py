@@ -21,6 +21,7 @@ Model = TypeVar("Model", bound=Callable[..., Any])
 
 _backends: WeakKeyDictionary[Any, Backend] = WeakKeyDictionary()
 _number = count()
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def optimize(
@@ -40,6 +41,7 @@ def optimize(
     """Compile a module in place, its attention rewritten, and return it; a function is returned compiled.
 
     The module keeps its class, parameters and methods: only what a call of it runs changes, from the first call on.
+    A copy of it, or what is loaded from its pickle, runs its own code until it is optimised as well.
 
     Args:
         kernel: "auto", a kernel's name, or a list of names in order of preference.
@@ -81,8 +83,10 @@ def compile_in_place(model: nn.Module, backend: Backend, **options: Any) -> None
 def calling(model: Callable[..., Any]) -> Callable[..., Any]:
     """A function of this file that calls a model as it is, compiled or not."""
     call = model._call_impl if isinstance(model, nn.Module) else model
+    hooks = [vars(model)[name] for name in _HOOKS] if isinstance(model, nn.Module) else []
 
     def forward(*args: Any, **kwargs: Any) -> Any:
+        sum(map(len, hooks))  # so that Dynamo guards on them: of a module's hooks it does not notice the first one
         return call(*args, **kwargs)
 
     # Dynamo counts compilations, and remembers which sizes change, by code and by name: models must not share them.

@@ -61,7 +61,8 @@ def rewrite(gm: GraphModule, settings: Settings, checks: Checks | None = None) -
     for facts in graphs(gm, settings):
         for site in [*find(facts)]:
             found = plan(site, facts, settings, (checks or {}).get(len(sites)))
-            sites.append(_carried_out(found, facts, settings, random) if isinstance(found, Plan) else found)
+            report = _carried_out(found, facts, settings, random) if isinstance(found, Plan) else found
+            sites.append(_without_graph(report))
         share(facts)
         owner = facts.graph.owning_module
         assert owner is not None
@@ -85,6 +86,11 @@ def graphs(gm: GraphModule, settings: Settings) -> Iterator[Facts]:
             facts = replace(facts)
         queue += facts.bodies()
         yield facts
+
+
+def _without_graph(site: SiteReport) -> SiteReport:
+    """A report outlives the graph, and is copied and pickled with a compiled model."""
+    return replace(site, refusals=tuple(replace(refusal, node=None) for refusal in site.refusals))
 
 
 @dataclass(frozen=True)

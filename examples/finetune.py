@@ -2,8 +2,9 @@
 
     python examples/finetune.py --plot finetune.png
 
-Trains a byte-level GPT of three million parameters on the text beside this file, and plots both loss curves
-(with matplotlib).
+Trains a byte-level GPT of three million parameters on the text beside this file. It has dropout, so that eager runs
+differ by their random numbers: there are several, and the table says how far from the first one the others are, and how
+far the rewritten one is. The loss curves are plotted (with matplotlib).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import copy
 import statistics
 import time
+from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import torch
@@ -29,14 +31,16 @@ from attn_rewriter.bench.measure import console, positive
 class Run:
     """A model in training, with the loss and the time of every step so far."""
 
-    def __init__(self, model: nn.Module, lr: float) -> None:
+    def __init__(self, model: nn.Module, lr: float, seed: int) -> None:
         self.model = model
+        self.seed = seed
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
         self.warm_up = torch.optim.lr_scheduler.LinearLR(self.optimizer, start_factor=0.05, total_iters=20)
         self.losses: list[float] = []
         self.seconds: list[float] = []
 
     def step(self, batch: Tensor) -> None:
+        torch.manual_seed(self.seed + len(self.losses))
         start = time.perf_counter()
         loss = self.model(batch[:, :-1], batch[:, 1:])
         self.optimizer.zero_grad()
@@ -46,13 +50,17 @@ class Run:
         self.losses.append(loss.item())
         self.seconds.append(time.perf_counter() - start)
 
+    def from_(self, other: Run) -> list[float]:
+        """How far the losses of two runs are apart, step by step."""
+        return [abs(x - y) for x, y in zip(self.losses, other.losses, strict=True)]
+
 
 def main() -> None:
     args = arguments()
     torch.manual_seed(0)
     model = GPT(256, args.seq_len, dim=256, num_layers=4, num_heads=4, dropout=args.dropout).to(args.device)
-    eager = Run(copy.deepcopy(model), args.lr)
-    rewritten = Run(attn_rewriter.optimize(model, kernel=args.kernel), args.lr)
+    eager = [Run(copy.deepcopy(model), args.lr, i * args.steps) for i in range(args.runs)]
+    rewritten = Run(attn_rewriter.optimize(model, kernel=args.kernel), args.lr, 0)
 
     samples = byte_ids().unfold(0, args.seq_len + 1, 1)
     batches = samples[torch.randint(len(samples), (args.steps, args.batch_size))].to(args.device)
@@ -60,9 +68,9 @@ def main() -> None:
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("compiling", total=args.steps)
         for batch in batches:
-            eager.step(batch)
-            rewritten.step(batch)
-            losses = f"loss: eager {eager.losses[-1]:.3f}, rewritten {rewritten.losses[-1]:.3f}"
+            for run in (*eager, rewritten):
+                run.step(batch)
+            losses = f"loss: eager {eager[0].losses[-1]:.3f}, rewritten {rewritten.losses[-1]:.3f}"
             progress.update(task, advance=1, description=losses)
 
     print(attn_rewriter.report_of(model))
@@ -75,47 +83,58 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add_options(parser)
-    for name, default in {"steps": 120, "batch-size": 2, "seq-len": 256}.items():
-        parser.add_argument(f"--{name}", type=positive, default=default, help="default: %(default)s")
+    for name, default in {"steps": 200, "batch-size": 2, "seq-len": 256, "runs": 3}.items():
+        about = "of eager; " if name == "runs" else ""
+        parser.add_argument(f"--{name}", type=positive, default=default, help=f"{about}default: %(default)s")
     parser.add_argument("--lr", type=float, default=1e-3, help="default: %(default)s")
-    parser.add_argument("--dropout", type=float, default=0.0, help="above 0, the two draw different numbers")
+    parser.add_argument("--dropout", type=float, default=0.1, help="default: %(default)s; with 0 all runs should agree")
     parser.add_argument("--plot", metavar="PNG", help="draw the loss curves into this file")
     return parser.parse_args()
 
 
-def loss_table(eager: Run, rewritten: Run) -> Table:
-    """The losses at about ten steps, the time of a step, and how far the weights are apart in the end."""
-    before, after = (statistics.median(run.seconds[1:]) * 1e3 for run in (eager, rewritten))
-    weights = zip(eager.model.parameters(), rewritten.model.parameters(), strict=True)
-    apart = max((x - y).abs().max().item() for x, y in weights)
+def loss_table(eager: Sequence[Run], rewritten: Run) -> Table:
+    """The losses at about ten steps, the time of a step, and how far the runs are apart."""
+    first, *others = eager
+    before, after = (statistics.median(run.seconds[1:]) * 1e3 for run in (first, rewritten))
     table = Table(
         title="Loss",
         caption=f"median step, eager: {before:.0f} ms\n"
         f"median step, rewritten: {after:.0f} ms, {before / after:.2f}×\n"
         f"first step, with compilation: {rewritten.seconds[0]:.1f} s\n"
-        f"weights, at the end: at most {apart:.1e} apart",
+        f"from the first eager run, the rewritten one: {distance([rewritten], first)}\n"
+        f"from the first eager run, the other eager ones: {distance(others, first)}",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
     )
-    for header in ("step", "eager", "rewritten", "difference"):
+    for header in ("step", *(f"eager {i + 1}" for i in range(len(eager))), "rewritten"):
         table.add_column(header, justify="right")
-    steps = len(eager.losses)
+    steps = len(first.losses)
     for step in sorted({0, steps - 1, *range(9, steps, max(10, steps // 100 * 10))}):
-        x, y = eager.losses[step], rewritten.losses[step]
-        table.add_row(f"{step + 1}", f"{x:.5f}", f"{y:.5f}", f"{abs(x - y):.1e}")
+        table.add_row(f"{step + 1}", *(f"{run.losses[step]:.5f}" for run in (*eager, rewritten)))
     return table
 
 
-def plot(eager: Run, rewritten: Run, path: str) -> None:
-    """Both curves, and their distance below them."""
+def distance(runs: Sequence[Run], first: Run) -> str:
+    """How far losses are from those of another run."""
+    apart = [run.from_(first) for run in runs]
+    if not apart:
+        return "there are none"
+    return f"at most {max(map(max, apart)):.1e}, on average {statistics.mean(map(statistics.mean, apart)):.1e}"
+
+
+def plot(eager: Sequence[Run], rewritten: Run, path: str) -> None:
+    """All curves, and below them how far each is from the first eager one."""
+    first, *others = eager
     figure, (top, bottom) = plt.subplots(2, sharex=True, height_ratios=(3, 1), layout="constrained")
-    top.plot(eager.losses, label="eager", linewidth=4, alpha=0.4)
+    for i, run in enumerate(eager):
+        top.plot(run.losses, label=f"eager, run {i + 1}", linewidth=4 - i, alpha=0.4)
     top.plot(rewritten.losses, label="rewritten", linewidth=1.2, color="black")
     top.set(ylabel="loss (nats per byte)", title="The same training run, eager and rewritten")
     top.legend(frameon=False)
-    distances = [abs(x - y) for x, y in zip(eager.losses, rewritten.losses, strict=True)]
-    bottom.semilogy(distances, ".", color="black")
-    bottom.set(xlabel="step", ylabel="|difference|")
+    for run in others:
+        bottom.semilogy(run.from_(first), ".", alpha=0.4)
+    bottom.semilogy(rewritten.from_(first), ".", color="black")
+    bottom.set(xlabel="step", ylabel="from eager, run 1")
     for axes in (top, bottom):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)

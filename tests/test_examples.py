@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,5 +43,11 @@ def test_third_party() -> None:
 
 def test_finetune(tmp_path: Path) -> None:
     said = run("finetune.py", "--steps", "3", "--seq-len", "64", "--plot", str(tmp_path / "loss.png"))
-    assert "rewritten" in said
+    assert "4 of 4 attention sites fused" in said and "dropout 0.1" in said
+    told = " ".join(said.split())
+    rewritten, others = (
+        float(re.search(rf"first eager run, the {runs}: at most ([0-9.e-]+)", told)[1])  # type: ignore[index]
+        for runs in ("rewritten one", "other eager ones")
+    )
+    assert 0 < rewritten < 3 * others
     assert (tmp_path / "loss.png").stat().st_size > 10_000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -21,6 +22,7 @@ from transformers import AutoModel, AutoModelForCausalLM, BertConfig, CompileCon
 import attn_rewriter
 from attn_rewriter import Backend, Device, Options, RewriteError
 from attn_rewriter.kernels import KERNELS, Kernel
+from tests.accuracy import assert_as_accurate
 
 BERT = BertConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
 
@@ -362,6 +364,26 @@ def test_run_runs_an_unmodified_script(tmp_path: Path) -> None:
     assert done.returncode == 3
     assert "torch.Size([1, 2, 3, 4]) ['-x', '1']" in done.stdout
     assert "1 of 1 attention sites fused" in done.stderr
+
+
+def test_run_trains_a_script_as_nanogpt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It reports the graphs of training and of evaluation, and learns and writes what it does without."""
+    from attn_rewriter.cli import main
+
+    script = str(Path(__file__).with_name("nanogpt.py"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    def result(dtype: str) -> Any:
+        return torch.load(tmp_path / dtype)
+
+    for dtype in ("float32", "float64"):
+        monkeypatch.setattr(sys, "argv", [script, str(tmp_path / dtype), "--dtype", dtype])
+        runpy.run_path(script, run_name="__main__")
+    assert main(["run", "--compiler", "aot_eager", script, str(tmp_path / "rewritten"), "--compile"]) == 0
+    assert "4 of 4 attention sites fused" in capsys.readouterr().err
+    assert_as_accurate(result("rewritten"), result("float32"), result("float64"))
 
 
 def test_run_says_that_there_is_no_script(capsys: pytest.CaptureFixture[str]) -> None:
