@@ -29,6 +29,7 @@ from attn_rewriter.choose import usable, with_pairs
 from attn_rewriter.describe import Description
 from attn_rewriter.device import Device
 from attn_rewriter.emit import Operands
+from attn_rewriter.errors import is_out_of_memory
 from attn_rewriter.graph import tensor
 from attn_rewriter.kernels import KERNELS, PAIRS
 from attn_rewriter.kernels.flash import Flash
@@ -83,7 +84,7 @@ def _measured(found: Description, device: Device, names: Sequence[str], key: str
                     passes[name] = _time(found, device, name)
                 except Exception as error:  # a kernel that fails is one less to choose from
                     log.info("%s could not be timed: %s: %s", name, type(error).__name__, error)
-                    full = full or isinstance(error, torch.OutOfMemoryError)
+                    full = full or is_out_of_memory(error)
     combined = with_pairs(passes, found.spec, found.shapes, device)
     fastest = sorted(combined, key=lambda name: sum(combined[name]))[:1]
     measured = {name: sum(combined[name]) for name in (*passes, *fastest)}

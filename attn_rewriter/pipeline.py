@@ -103,7 +103,8 @@ def _rewrite_site(
     output = tensor(site.output)
     assert output is not None
     device = settings.device or Device.of(output.device)
-    tuned = settings.autotune and not settings.dry and requested(settings.kernel) is None
+    automatic = requested(settings.kernel) is None
+    tuned = settings.autotune and not settings.dry and automatic
     timed = times(found, device, inductor=settings.inductor) if tuned else {}
     choice = choose(
         found.spec, found.shapes, device, settings.kernel, inductor=settings.inductor, preferred=tuple(timed)
@@ -113,7 +114,8 @@ def _rewrite_site(
         return replace(read, refusals=(choice,))
     if found.spec.dropout_p:
         found = replace(found, spec=_of_its_own(found.spec, next(random)))
-    emitted = emit(site, found, choice.kernel, device, facts) if not settings.dry else None
+    kernel = choice.kernel.with_fallback() if automatic and not settings.strict else choice.kernel
+    emitted = emit(site, found, kernel, device, facts) if not settings.dry else None
     if isinstance(emitted, Refusal):
         return replace(read, refusals=(*choice.refused, emitted))
     return replace(read, kernel=choice.kernel.name, refusals=choice.refused)
