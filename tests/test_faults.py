@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import subprocess
 import sys
+import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,9 +16,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, LlamaConfig
 
+import attn_rewriter
 from attn_rewriter import AttentionSpec, Device, choose
 from attn_rewriter.errors import is_out_of_memory
 from attn_rewriter.kernels import KERNELS, decode, flash, stepwise
@@ -266,3 +272,252 @@ def test_under_inductor(packages: None) -> None:
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=repr)
 def test_out_of_memory(error: BaseException) -> None:
     assert is_out_of_memory(error) and not is_out_of_memory(ERROR)
+
+
+# -- processes and resets -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_fork_after_compiling() -> None:
+    """In a process of its own, with one thread: those of others do not survive a fork. (Inductor's own compilation
+    hangs in a forked process, also without us.)"""
+    code = """
+        import os, torch, attn_rewriter
+        from torch import nn
+
+        torch.set_num_threads(1)
+
+        class Attention(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.register_buffer("mask", torch.ones(32, 32).tril())
+
+            def forward(self, x):
+                n = x.shape[-2]
+                scores = (x @ x.mT).masked_fill(self.mask[:n, :n] == 0, float("-inf"))
+                return scores.softmax(-1) @ x
+
+        def check(model, n):
+            x = torch.randn(2, 3, n, 8, requires_grad=True)
+            found, expected = (torch.autograd.grad(f(x).sum(), x) for f in (model, model._call_impl))
+            torch.testing.assert_close(found, expected)
+            assert attn_rewriter.report_of(model).n_fused == attn_rewriter.report_of(model).n_sites > 0
+
+        model, other = (attn_rewriter.optimize(Attention(), compiler="aot_eager", dynamic=False) for _ in range(2))
+        check(model, 16)
+        child = os.fork()
+        check(model, 16)
+        if not child:
+            check(model, 20)  # compiles anew
+            model.mask[..., 0] = 1.0
+            check(model, 16)  # compiles what it was before
+            check(other, 16)  # compiles for the first time
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        check(model, 16)
+        """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+class Attention(nn.Module):
+    """With a mask that is registered, and dropout."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.dropout = nn.Dropout(0.5)
+        self.register_buffer("mask", torch.ones(32, 32).tril().bool())
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (y.unflatten(-1, (2, 8)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        n = x.shape[1]
+        scores = (q @ k.mT / 8**0.5).masked_fill(~self.mask[:n, :n], float("-inf"))
+        return self.out((self.dropout(scores.softmax(-1)) @ v).transpose(1, 2).flatten(2))
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Attention(0), Attention(1)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+def assert_same(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    """The answer, and the gradients, are those of the model as it is now."""
+    x = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    ways = []
+    for run in (model, model._call_impl):
+        y = run(x)
+        ways.append([y, *torch.autograd.grad(y.square().mean(), [x, *model.parameters()], allow_unused=True)])
+    torch.testing.assert_close(*ways)
+
+
+def _swap_layers(model: Any) -> None:
+    model.layers[0], model.layers[1] = model.layers[1], model.layers[0]
+
+
+def _another_layer(model: Any) -> None:
+    model.layers[1] = nn.Sequential(nn.Linear(16, 16), nn.Tanh())
+
+
+def _fewer_layers(model: Any) -> None:
+    del model.layers[0]
+
+
+def _another_submodule(model: Any) -> None:
+    model.layers[0].qkv = nn.Linear(16, 48, bias=False)
+
+
+def _forward_of_an_instance(model: Any) -> None:
+    layer = model.layers[0]
+    layer.forward = lambda x: layer.out(layer.qkv(x)[..., :16].cos())
+
+
+def _forward_of_the_whole(model: Any) -> None:
+    model.forward = lambda x: model.layers[1](x) * 2
+
+
+def _forward_of_the_class(model: Any) -> None:
+    class Uncausal(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).chunk(3, -1)
+            return self.out((q @ k.mT).softmax(-1) @ v)
+
+    for layer in model.layers:
+        layer.__class__ = Uncausal
+
+
+def _weights(model: Any) -> None:
+    model.load_state_dict({name: x * 2 if x.is_floating_point() else x for name, x in model.state_dict().items()})
+
+
+def _no_dropout_in_training(model: Any) -> None:
+    for layer in model.layers:
+        layer.dropout.p = 0.0
+    model.train()
+
+
+def _buffer_in_place(model: Any) -> None:
+    model.layers[0].mask[:, 0] = True
+    model.layers[0].mask[2, 4:6] = True
+
+
+def _buffer_replaced(model: Any) -> None:
+    model.layers[1].mask = torch.ones(32, 32, dtype=torch.bool).tril(3)
+
+
+def _buffer_gone(model: Any) -> None:
+    del model.layers[1].mask
+    model.layers[1].mask = torch.ones(32, 32, dtype=torch.bool)  # not registered
+
+
+CHANGES = (
+    _swap_layers,
+    _another_layer,
+    _fewer_layers,
+    _another_submodule,
+    _forward_of_an_instance,
+    _forward_of_the_whole,
+    _forward_of_the_class,
+    _weights,
+    _no_dropout_in_training,
+    _buffer_in_place,
+    _buffer_replaced,
+    _buffer_gone,
+)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_model_that_is_changed(change: Callable[[Any], None]) -> None:
+    model = attn_rewriter.optimize(Layers().eval(), compiler="aot_eager", strict=True)
+    assert_same(model)
+    before = model(torch.ones(2, 9, 16))
+    change(model)
+    if change is not _no_dropout_in_training:
+        assert not torch.equal(model(torch.ones(2, 9, 16)), before)
+    assert_same(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_a_model_of_another_type(dtype: torch.dtype) -> None:
+    model = attn_rewriter.optimize(Layers().eval(), compiler="aot_eager", strict=True)
+    assert_same(model)
+    model.to(dtype)
+    x = torch.randn(2, 9, 16, dtype=dtype)
+    eager, found = model._call_impl(x), model(x)
+    exact = copy.deepcopy(model).double()._call_impl(x.double())
+    assert_as_accurate(found, eager, exact)
+    model.float()
+    assert_same(model)
+
+
+def test_training_and_evaluation_take_turns() -> None:
+    """Dropout is there in training alone."""
+    model = attn_rewriter.optimize(Layers(), compiler="aot_eager", strict=True)
+    x = torch.randn(2, 9, 16)
+    for _ in range(2):
+        model.train()
+        assert not torch.equal(model(x), model(x))
+        model.eval()
+        assert_same(model)
+    said = [str(site.spec) for site in attn_rewriter.report_of(model).sites]
+    assert said == ["scale 0.3536, causal, dropout 0.5"] * 2 + ["scale 0.3536, causal"] * 2
+
+
+def test_attn_implementation_is_changed() -> None:
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=99,
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    attn_rewriter.optimize(model, compiler="aot_eager", strict=True)
+    ids, keep = torch.randint(3, 99, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    keep[0, :3] = 0
+    for implementation in ("eager", "sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        for mask in (None, keep):
+            found, expected = (run(ids, attention_mask=mask).logits for run in (model, model._call_impl))
+            rows = keep.bool() if mask is not None else slice(None)
+            torch.testing.assert_close(found[rows], expected[rows])
+    report = attn_rewriter.report_of(model)
+    assert report.n_fused == report.n_sites >= 4
+
+
+def test_dynamo_is_reset_between_calls() -> None:
+    model = attn_rewriter.optimize(Layers().eval(), compiler="aot_eager", strict=True)
+    for n in range(1, 4):
+        assert_same(model)
+        assert attn_rewriter.report_of(model).n_fused == 2 * n
+        torch._dynamo.reset()
+    model.layers[0].mask[:, 0] = True
+    assert_same(model)
+    torch.compiler.reset()
+    assert_same(model)
+
+
+UNSEEN: dict[str, Callable[[Any], Any]] = {
+    "data": lambda layer: layer.mask.data.fill_(True),
+    "NumPy": lambda layer: layer.mask.numpy().fill(True),
+    "hook": lambda layer: layer.register_forward_hook(lambda module, args, output: output * 3),
+}
+
+
+@pytest.mark.parametrize("change", UNSEEN)
+def test_what_only_a_reset_sees(change: str) -> None:
+    """What is written in these ways moves no version; of hooks, Dynamo says that it does not look for new ones."""
+    model = attn_rewriter.optimize(Layers().eval(), compiler="aot_eager", strict=True)
+    assert_same(model)
+    UNSEEN[change](model.layers[0])
+    torch.compiler.reset()
+    assert_same(model)
