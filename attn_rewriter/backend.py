@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import functools
+import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch._dynamo.exc import ShortenTraceback, TorchDynamoException
 from torch.fx import GraphModule
 
-from attn_rewriter.buffers import Buffers
+from attn_rewriter.buffers import Buffers, copied
+from attn_rewriter.choose import requested
 from attn_rewriter.device import Device
+from attn_rewriter.errors import is_out_of_memory
 from attn_rewriter.options import Options
 from attn_rewriter.pipeline import Settings, rewrite
 from attn_rewriter.report import Report
+
+log = logging.getLogger("attn_rewriter")
 
 
 class Backend:
@@ -45,13 +52,35 @@ class Backend:
         return buffers.guarded(compiled, lambda original: torch.compile(original, backend=self._rewritten))
 
     def _rewritten(self, gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
-        self._reports.append(rewrite(gm, self.settings))
-        return self._compile(gm, example_inputs, **kwargs)
+        falls_back = not self.settings.strict and requested(self.settings.kernel) is None
+        original = copied(gm) if falls_back else gm
+        report = rewrite(gm, self.settings)
+        self._reports.append(report)
+        try:
+            return self._compile(gm, example_inputs, **kwargs)
+        except Exception as error:
+            if not falls_back or not report.n_fused or not _is_a_failure(error):
+                raise
+            said = f"{type(error).__name__}: {error}".partition("\n")[0]
+            log.debug("%s raised for a rewritten graph", self.options.compiler, exc_info=error)
+        self._reports[-1] = report.eager(f"{self.options.compiler} raised: {said}")
+        warnings.warn(
+            f"attn_rewriter leaves a graph with {report.n_fused} rewritten sites as it was, the first of them at "
+            f"{next(site.place for site in report.sites if site.kernel)}, after an error of its compiler: {said}",
+            stacklevel=2,
+        )
+        return torch.compile(original, backend=self._compile)  # traced once more: what failed may have left traces
 
     def reset(self) -> None:
         """Called by `torch._dynamo.reset()`."""
         if hasattr(self._compile, "reset"):
             self._compile.reset()
+
+
+def _is_a_failure(error: Exception) -> bool:
+    """Whether another graph may do better: not for want of memory, nor where Dynamo is told to go another way."""
+    told = isinstance(error, TorchDynamoException) and not isinstance(error, ShortenTraceback)
+    return not told and not is_out_of_memory(error)
 
 
 def _compiler(options: Options) -> Callable[..., Any]:

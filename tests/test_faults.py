@@ -17,6 +17,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor.lowering import lowerings
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -274,6 +276,69 @@ def test_out_of_memory(error: BaseException) -> None:
     assert is_out_of_memory(error) and not is_out_of_memory(ERROR)
 
 
+# -- compilers that raise for what was put in -----------------------------------------------------------------------
+
+
+def compiler_that_raises(error: BaseException) -> Any:
+    def compiler(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        if any("attn_rewriter" in node.meta for node in gm.graph.nodes):
+            raise error
+        return gm.forward
+
+    return compiler
+
+
+@pytest.mark.parametrize("buffer", [False, True], ids=["", "a buffer is read"])
+def test_a_compiler_that_raises_gets_the_graph_as_it_was(buffer: bool) -> None:
+    function: Any = Attention().eval() if buffer else window
+    x = torch.randn(2, 9, 16)
+    given = [x] if buffer else drawn()
+    compiled = attn_rewriter.optimize(function, compiler=compiler_that_raises(ERROR))
+    expected = function._call_impl(*given) if buffer else function(*given)
+    with pytest.warns(
+        UserWarning, match=f"leaves a graph with 1 rewritten sites as it was, .*RuntimeError: {ERROR}"
+    ) as caught:
+        assert torch.equal(compiled(*given), expected)
+    assert torch.equal(compiled(*given), expected) and len(ours([*caught])) == 1
+    (site,) = attn_rewriter.report_of(compiled).sites
+    assert site.kernel is None and str(ERROR) in site.refusals[-1].reason
+    if buffer:
+        function.mask[:, 5] = True
+        torch.testing.assert_close(compiled(x), function._call_impl(x))
+        assert not torch.equal(compiled(x), expected)
+
+
+@pytest.mark.parametrize("options", [{"strict": True}, {"kernel": "sdpa"}], ids=str)
+def test_what_is_asked_for_raises_from_the_compiler(options: dict[str, Any]) -> None:
+    function = attn_rewriter.optimize(window, compiler=compiler_that_raises(ERROR), **options)
+    with pytest.raises(Exception, match=str(ERROR)):
+        function(*drawn())
+
+
+@pytest.mark.parametrize("error", [*OUT_OF_MEMORY, KeyboardInterrupt()], ids=repr)
+def test_what_passes_from_the_compiler(error: BaseException) -> None:
+    function = attn_rewriter.optimize(window, compiler=compiler_that_raises(error))
+    with warnings.catch_warnings(record=True) as caught, pytest.raises((type(error), BackendCompilerFailed)):
+        function(*drawn())
+    assert not ours(caught)
+
+
+def test_a_lowering_of_inductor_that_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the forward pass. (The backward pass is compiled when it first runs, or raises then.)"""
+
+    def unlucky(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("no such template")
+
+    capped = lambda q, k, v: (torch.tanh(q @ k.mT * 0.25 / 5.0) * 5.0).softmax(-1) @ v  # noqa: E731
+    monkeypatch.setitem(lowerings, torch.ops.higher_order.flex_attention, unlucky)
+    function = attn_rewriter.optimize(capped)
+    q, k, v = (x.detach().float() for x in drawn())
+    with pytest.warns(UserWarning, match="leaves a graph with 1 rewritten sites as it was, .*no such template"):
+        torch.testing.assert_close(function(q, k, v), capped(q, k, v))
+    (site,) = attn_rewriter.report_of(function).sites
+    assert site.kernel is None and "no such template" in site.refusals[-1].reason
+
+
 # -- processes and resets -------------------------------------------------------------------------------------------
 
 
@@ -309,7 +374,7 @@ def test_fork_after_compiling() -> None:
         check(model, 16)
         if not child:
             check(model, 20)  # compiles anew
-            model.mask[..., 0] = 1.0
+            model.mask[..., 5] = 1.0
             check(model, 16)  # compiles what it was before
             check(other, 16)  # compiles for the first time
             os._exit(0)
@@ -405,7 +470,7 @@ def _no_dropout_in_training(model: Any) -> None:
 
 
 def _buffer_in_place(model: Any) -> None:
-    model.layers[0].mask[:, 0] = True
+    model.layers[0].mask[:, 5] = True
     model.layers[0].mask[2, 4:6] = True
 
 
@@ -500,7 +565,7 @@ def test_dynamo_is_reset_between_calls() -> None:
         assert_same(model)
         assert attn_rewriter.report_of(model).n_fused == 2 * n
         torch._dynamo.reset()
-    model.layers[0].mask[:, 0] = True
+    model.layers[0].mask[:, 5] = True
     assert_same(model)
     torch.compiler.reset()
     assert_same(model)
