@@ -2,7 +2,8 @@
 
 What was found is kept in a file for each device, set of versions, form and bucket of shapes, in the folder that
 `ATTN_REWRITER_CACHE` names or the user's cache folder. A file is written beside and moved into its place, so that
-processes that tune at the same time leave a whole one; a file that can't be read is measured again.
+processes that tune at the same time, or are killed, leave a whole one or none; a file that can't be read is measured
+again, and a folder that can't be written costs a warning.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from attn_rewriter.choose import usable, with_pairs
 from attn_rewriter.describe import Description
 from attn_rewriter.device import Device
 from attn_rewriter.emit import Operands
+from attn_rewriter.errors import is_out_of_memory
 from attn_rewriter.graph import tensor
 from attn_rewriter.kernels import KERNELS, PAIRS
 from attn_rewriter.kernels.flash import Flash
@@ -81,7 +84,7 @@ def _measured(found: Description, device: Device, names: Sequence[str], key: str
                     passes[name] = _time(found, device, name)
                 except Exception as error:  # a kernel that fails is one less to choose from
                     log.info("%s could not be timed: %s: %s", name, type(error).__name__, error)
-                    full = full or isinstance(error, torch.OutOfMemoryError)
+                    full = full or is_out_of_memory(error)
     combined = with_pairs(passes, found.spec, found.shapes, device)
     fastest = sorted(combined, key=lambda name: sum(combined[name]))[:1]
     measured = {name: sum(combined[name]) for name in (*passes, *fastest)}
@@ -190,11 +193,12 @@ def folder() -> Path:
 
 
 def _read(key: str, names: Sequence[str]) -> Times:
-    path = folder() / f"{key}.json"
+    path: Any = f"{key}.json"
     try:
+        path = folder() / path
         held = json.loads(path.read_text())["milliseconds"]
         return {name: float(held[name]) for name in held if name in names or name in PAIRS}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except Exception as error:
         warnings.warn(f"attn_rewriter ignores {path}: {type(error).__name__}: {error}", stacklevel=2)
@@ -202,11 +206,18 @@ def _read(key: str, names: Sequence[str]) -> Times:
 
 
 def _write(key: str, held: dict[str, Any]) -> None:
-    path = folder() / f"{key}.json"
+    parent: Any = "the user's cache folder"
+    beside: str | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".partial", delete=False) as file:
+        parent = folder()
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=parent, suffix=".partial", delete=False) as file:
+            beside = file.name
             json.dump(held, file, indent=1)
-        os.replace(file.name, path)
-    except OSError as error:
-        warnings.warn(f"attn_rewriter can't keep what it timed in {path}: {error}", stacklevel=2)
+        os.replace(beside, parent / f"{key}.json")
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or error  # without the name, so that it is said once for a folder
+        warnings.warn(f"attn_rewriter can't keep what it timed in {parent}: {reason}", stacklevel=2)
+        if beside is not None:
+            with suppress(OSError):
+                os.unlink(beside)

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import functools
+import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch._dynamo.exc import ShortenTraceback, TorchDynamoException
 from torch.fx import GraphModule
 
-from attn_rewriter.buffers import Buffers
+from attn_rewriter.buffers import Buffers, copied
+from attn_rewriter.choose import requested
 from attn_rewriter.device import Device
+from attn_rewriter.errors import is_out_of_memory
 from attn_rewriter.options import Options
 from attn_rewriter.pipeline import Checks, Settings, rewrite
 from attn_rewriter.report import Report
 from attn_rewriter.sites import Check
-from attn_rewriter.verify import duplicate, verify
+from attn_rewriter.verify import verify
+
+log = logging.getLogger("attn_rewriter")
 
 
 class Backend:
@@ -61,7 +68,7 @@ class Backend:
         return Report.joined(self._reports)
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
-        original = duplicate(gm) if self._looks or self.options.verify == "always" else gm
+        original = copied(gm) if self._looks or self.options.verify == "always" else gm
         with Buffers(gm, example_inputs) as buffers:
             compiled = self._rewritten(gm, example_inputs, **kwargs)
         if self._looks:
@@ -75,8 +82,26 @@ class Backend:
     ) -> Callable[..., Any]:
         if checks is None and self.options.verify:
             checks = verify(gm, example_inputs, self.settings)
-        self._reports.append(rewrite(gm, self.settings, checks))
-        return gm.forward if self._looks else self._compile(gm, example_inputs, **kwargs)
+        falls_back = not self.settings.strict and requested(self.settings.kernel) is None and not self._looks
+        original = copied(gm) if falls_back else gm
+        report = rewrite(gm, self.settings, checks)
+        self._reports.append(report)
+        if self._looks:
+            return gm.forward
+        try:
+            return self._compile(gm, example_inputs, **kwargs)
+        except Exception as error:
+            if not falls_back or not report.n_fused or not _is_a_failure(error):
+                raise
+            said = f"{type(error).__name__}: {error}".partition("\n")[0]
+            log.debug("%s raised for a rewritten graph", self.options.compiler, exc_info=error)
+        self._reports[-1] = report.eager(f"{self.options.compiler} raised: {said}")
+        warnings.warn(
+            f"attn_rewriter leaves a graph with {report.n_fused} rewritten sites as it was, the first of them at "
+            f"{next(site.place for site in report.sites if site.kernel)}, after an error of its compiler: {said}",
+            stacklevel=2,
+        )
+        return torch.compile(original, backend=self._compile)  # traced once more: what failed may have left traces
 
     def _watched(self, compiled: Callable[..., Any], original: GraphModule) -> Callable[..., Any]:
         """A compiled graph whose sites are checked at each call after the first."""
@@ -90,7 +115,7 @@ class Backend:
             if failed := {number: check for number, check in checks.items() if check.verdict}:
                 bad.update(failed)
                 again = functools.partial(self._rewritten, checks=dict(bad))
-                compiled = torch.compile(duplicate(original), backend=again)
+                compiled = torch.compile(copied(original), backend=again)
             return compiled(*args)
 
         return call
@@ -99,6 +124,12 @@ class Backend:
         """Called by `torch._dynamo.reset()`."""
         if hasattr(self._compile, "reset"):
             self._compile.reset()
+
+
+def _is_a_failure(error: Exception) -> bool:
+    """Whether another graph may do better: not for want of memory, nor where Dynamo is told to go another way."""
+    told = isinstance(error, TorchDynamoException) and not isinstance(error, ShortenTraceback)
+    return not told and not is_out_of_memory(error)
 
 
 def _compiler(options: Options) -> Callable[..., Any]:

@@ -125,12 +125,7 @@ class Buffers:
     def _keep_original(self) -> None:
         """The graph, before the first site is rewritten by a buffer's contents."""
         if self.original is None:
-            held = [
-                x
-                for module in self.gm.modules()
-                for x in (*vars(module).values(), *module.buffers(), *module.parameters())
-            ]
-            self.original = copy.deepcopy(self.gm, {id(x): x for x in held if isinstance(x, torch.Tensor)})
+            self.original = copied(self.gm)
 
     def __enter__(self) -> Buffers:
         for i, buffer in self._buffers.items():
@@ -160,6 +155,12 @@ class Buffers:
             return general[0](*args)
 
         return call
+
+
+def copied(gm: GraphModule) -> GraphModule:
+    """A graph of its own, with the same tensors."""
+    held = [x for module in gm.modules() for x in (*vars(module).values(), *module.buffers(), *module.parameters())]
+    return copy.deepcopy(gm, {id(x): x for x in held if isinstance(x, torch.Tensor)})
 
 
 def buffer_of(node: Node) -> Buffer | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import torch
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -41,3 +43,11 @@ class KernelUnavailable(AttnRewriterError):
 
 class RewriteError(AttnRewriterError):
     """`strict=True` and something unexpected happened at a site; the cause is chained."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether something failed for want of memory, also where it says so in words alone: PyTorch's allocator on CPU, a
+    package's own, or a compiler that caught it."""
+    said = str(error).lower()
+    words = ("out of memory", "can't allocate memory", "cannot allocate memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in said for word in words)

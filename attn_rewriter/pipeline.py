@@ -145,7 +145,8 @@ def _planned(
     output = tensor(site.output)
     assert output is not None
     device = settings.device or Device.of(output.device)
-    tuned = settings.autotune and not settings.dry and requested(settings.kernel) is None
+    automatic = requested(settings.kernel) is None
+    tuned = settings.autotune and not settings.dry and automatic
     timed = times(found, device, inductor=settings.inductor) if tuned else {}
     choice = choose(
         found.spec, found.shapes, device, settings.kernel, inductor=settings.inductor, preferred=tuple(timed)
@@ -166,7 +167,9 @@ def _emitted(plan: Plan, facts: Facts, settings: Settings, random: Iterator[int]
     found, report = plan.found, plan.report
     if found.spec.dropout_p:
         found = replace(found, spec=_of_its_own(found.spec, next(random)))
-    emitted = emit(plan.site, found, plan.kernel, plan.device, facts) if not settings.dry else None
+    falls_back = not settings.strict and requested(settings.kernel) is None
+    kernel = plan.kernel.with_fallback() if falls_back else plan.kernel
+    emitted = emit(plan.site, found, kernel, plan.device, facts) if not settings.dry else None
     if isinstance(emitted, Refusal):
         return replace(report, kernel=None, refusals=(*report.refusals, emitted))
     return report

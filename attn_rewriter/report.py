@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from attn_rewriter.errors import Refusal
 from attn_rewriter.page import page
 from attn_rewriter.sites import SiteReport, folded, short, summary
 
@@ -23,6 +24,15 @@ class Report:
         reports = list(reports)
         sites = tuple(site for report in reports for site in report.sites)
         return cls(sites, sum(report.rewrite_seconds for report in reports))
+
+    def eager(self, reason: str) -> Report:
+        """The same, but all sites were left as they are after all."""
+        refusal = Refusal("compile", reason)
+        left = (
+            replace(site, kernel=None, refusals=(*site.refusals, refusal)) if site.kernel else site
+            for site in self.sites
+        )
+        return replace(self, sites=tuple(left))
 
     @property
     def n_sites(self) -> int:

@@ -8,7 +8,6 @@ are rows without any key, which eager code leaves unspecified.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -26,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from attn_rewriter.alone import by_itself
+from attn_rewriter.buffers import copied
 from attn_rewriter.contract import budget, error
 from attn_rewriter.emit import Operands, arrange
 from attn_rewriter.find import find
@@ -45,10 +45,10 @@ def verify(
 
     Inputs are tensors, and numbers for symbolic sizes.
     """
-    copied = duplicate(gm)
+    copy = copied(gm)
     found: dict[torch.fx.Graph, _Sites] = {}
     number = 0
-    for facts in graphs(copied, settings):
+    for facts in graphs(copy, settings):
         plans = {}
         for site in [*find(facts)]:
             if number not in without and isinstance(planned := plan(site, facts, settings), Plan):
@@ -61,16 +61,8 @@ def verify(
     device = settings.device or next(p.plan.device for sites in found.values() for p in sites.plans.values())
     forked = range(torch.cuda.device_count()) if device.type == "cuda" else ()
     with working("checking attention against eager code"), torch.random.fork_rng(forked), torch.no_grad():
-        _Run(copied, _Context(found, checks)).run(*map(_hint, inputs))
+        _Run(copy, _Context(found, checks)).run(*map(_hint, inputs))
     return checks
-
-
-def duplicate(gm: GraphModule) -> GraphModule:
-    """A graph of its own, over the same tensors."""
-    modules = [*gm.modules()]
-    tensors = [x for module in modules for x in (*module.parameters(recurse=False), *module.buffers(recurse=False))]
-    tensors += [x for module in modules for x in vars(module).values() if isinstance(x, Tensor)]
-    return copy.deepcopy(gm, {id(x): x for x in tensors})
 
 
 def _hint(x: Any) -> Any:

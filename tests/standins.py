@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import wraps
 from importlib import metadata, util
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -323,6 +324,36 @@ def _interpreted(decode: Any) -> Any:
         return decode(query.float(), key.float(), value.float(), *rest).to(query.dtype)
 
     return widened
+
+
+FUNCTIONS = {
+    ("fa2", "forward"): ("flash_attn.flash_attn_interface", "_flash_attn_forward"),
+    ("fa2", "backward"): ("flash_attn.flash_attn_interface", "_flash_attn_backward"),
+    ("fa3", "forward"): ("flash_attn_interface", "_flash_attn_forward"),
+    ("fa3", "backward"): ("flash_attn_interface", "_flash_attn_backward"),
+    ("fa4", "forward"): ("flash_attn.cute.interface", "_flash_attn_fwd"),
+    ("fa4", "backward"): ("flash_attn.cute.interface", "_flash_attn_bwd"),
+}
+
+
+@contextmanager
+def raising(
+    kernel: str, way: str, error: BaseException, *, from_call: int = 1, to_call: int = 1 << 30
+) -> Iterator[list]:
+    """Let a package that is `installed` raise in these of its calls; all are noted in what is given."""
+    module, name = FUNCTIONS[kernel, way]
+    function, calls = getattr(sys.modules[module], name), []
+
+    @wraps(function)
+    def faulty(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if from_call <= len(calls) <= to_call:
+            raise error
+        return function(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[module], name, faulty)
+        yield calls
 
 
 def _module(name: str, functions: dict[str, Any]) -> dict[str, ModuleType]:

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -186,8 +193,6 @@ def test_another_version_is_timed_anew(folder: Path, monkeypatch: pytest.MonkeyP
 
 
 def _write_often(folder: str, key: str) -> None:
-    import os
-
     os.environ["ATTN_REWRITER_CACHE"] = folder
     for n in range(200):
         autotune._write(key, {"milliseconds": {"sdpa": float(n), "flex": 1.0}, "padding": "x" * 5000})
@@ -205,3 +210,172 @@ def test_processes_that_write_at_the_same_time_leave_a_whole_file(folder: Path) 
         writer.join()
         assert writer.exitcode == 0
     assert seen and [path.name for path in folder.iterdir()] == ["key.json"]
+
+
+# -- faults ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Options for a choice that no Inductor is needed for."""
+    monkeypatch.setattr(autotune, "usable", lambda *args, **kwargs: ("sdpa", "reference"))
+    return {"compiler": "eager"}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:129] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("InductorError: OutOfMemoryError: CUDA out of memory."),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("failing", [["sdpa"], ["sdpa", "reference"]], ids=" and ".join)
+def test_out_of_memory_is_not_kept(
+    error: Exception, failing: list[str], folder: Path, quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model fills the memory now, but may not do so the next time."""
+
+    def time(found: Any, device: Any, name: str) -> tuple[float, ...]:
+        if name in failing:
+            raise error
+        return (2.0,)
+
+    monkeypatch.setattr(autotune, "_time", time)
+    (site,) = tuned(inputs(), **quick).sites
+    assert site.kernel == ("reference" if failing == ["sdpa"] else "sdpa")  # without times, as if not tuned
+    assert not folder.exists()
+    autotune._known.clear()
+    monkeypatch.setattr(autotune, "_time", timing(sdpa=1.0, reference=2.0))
+    assert tuned(inputs(), **quick).sites[0].kernel == "sdpa" and len([*folder.iterdir()]) == 1
+
+
+def _nowhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even root can make a folder there."""
+    monkeypatch.setenv("ATTN_REWRITER_CACHE", "/proc/attn_rewriter/cache" if os.path.exists("/proc") else "/dev/null/x")
+
+
+def _full(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dump(held: Any, file: Any, **options: Any) -> None:
+        file.write("{")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
+
+    monkeypatch.setattr(json, "dump", dump)
+
+
+def _not_replaced(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows while another process reads the file."""
+
+    def replace(source: str, target: str) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), source)
+
+    monkeypatch.setattr(os, "replace", replace)
+
+
+def _no_home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ATTN_REWRITER_CACHE")
+    monkeypatch.setitem(sys.modules, "platformdirs", None)
+
+
+@pytest.mark.parametrize("fault", [_nowhere, _full, _not_replaced, _no_home])
+def test_what_can_not_be_kept(
+    fault: Callable[..., None], folder: Path, quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is timed and taken all the same, and nothing is left behind."""
+    monkeypatch.setattr(autotune, "_time", timing(sdpa=2.0, reference=1.0))
+    fault(folder, monkeypatch)
+    with pytest.warns(UserWarning, match="attn_rewriter can't keep what it timed in ") as caught:
+        (site,) = tuned(inputs(), **quick).sites
+    assert site.kernel == "reference"
+    assert len([w for w in caught if "can't keep" in str(w.message)]) == 1
+    assert not folder.exists() or not [*folder.iterdir()]
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="no such users")
+def test_a_folder_that_may_only_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is there is read; what is new is not kept."""
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as name:
+        monkeypatch.setenv("ATTN_REWRITER_CACHE", name)
+        autotune._write("old", {"milliseconds": {"sdpa": 1.0}})
+        (Path(name) / "old.json").chmod(0o444)
+        Path(name).chmod(0o555)
+        try:
+            if user == 0:  # who may write anywhere
+                os.seteuid(65534)
+            assert autotune._read("old", ["sdpa"]) == {"sdpa": 1.0}
+            with pytest.warns(UserWarning, match=f"can't keep what it timed in {name}: Permission denied"):
+                autotune._write("new", {"milliseconds": {"sdpa": 1.0}})
+        finally:
+            os.seteuid(user)
+            Path(name).chmod(0o755)
+        assert os.listdir(name) == ["old.json"]
+
+
+@pytest.mark.parametrize("before", [{}, {"sdpa": 5.0}], ids=["nothing there", "an older file there"])
+def test_a_process_that_is_killed_while_it_writes(
+    before: dict[str, float], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it leaves is never read, and in nobody's way."""
+    if before:
+        autotune._write("key", {"milliseconds": before})
+
+    def write_and_die() -> None:
+        def dump(held: Any, file: Any, **options: Any) -> None:
+            file.write('{"milliseconds": {"sdpa"')
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        json.dump = dump
+        autotune._write("key", {"milliseconds": {"sdpa": 1.0}})
+
+    writer = multiprocessing.get_context("fork").Process(target=write_and_die)
+    writer.start()
+    writer.join()
+    assert writer.exitcode == -signal.SIGKILL
+    (left,) = folder.glob("*.partial")
+    assert left.read_text() == '{"milliseconds": {"sdpa"'
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert autotune._read("key", ["sdpa"]) == before
+        autotune._write("key", {"milliseconds": {"sdpa": 2.0}})
+        assert autotune._read("key", ["sdpa"]) == {"sdpa": 2.0}
+
+
+TUNE = """
+import sys, torch, attn_rewriter
+from attn_rewriter import autotune
+
+def attention(q, k, v, bias):
+    return (q @ k.mT * 0.25 + bias).softmax(-1) @ v
+
+autotune.usable = lambda *args, **kwargs: ("sdpa", "reference")
+print("ready", flush=True)
+sys.stdin.readline()
+for length in map(int, sys.argv[1:]):
+    given = [torch.randn(shape) for shape in [(2, 3, length, 16)] * 3 + [(3, length, length)]]
+    function = attn_rewriter.optimize(attention, autotune=True, compiler="aot_eager", dynamic=False)
+    torch.testing.assert_close(function(*given), attention(*given))
+    (site,) = attn_rewriter.report_of(function).sites
+    assert dict(site.times).keys() == {"sdpa", "reference"} and site.kernel == site.times[0][0], site
+"""
+
+
+def test_processes_that_tune_at_the_same_time(folder: Path) -> None:
+    """One site is in both of them, the others in one."""
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    command = [sys.executable, "-W", "error:attn_rewriter", "-c", TUNE]
+    tuning = [subprocess.Popen([*command, "40", n], text=True, **pipes) for n in ("70", "140")]
+    for process in tuning:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    for process in tuning:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in tuning:
+        _, said = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+    held = [json.loads(path.read_text()) for path in folder.iterdir()]
+    assert sorted(entry["shapes"].partition("q_len=")[2].partition(",")[0] for entry in held) == ["128", "256", "64"]
+    assert all(entry["milliseconds"].keys() == {"sdpa", "reference"} for entry in held)

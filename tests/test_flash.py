@@ -220,7 +220,7 @@ def test_two_dropouts_are_two() -> None:
 def test_outputs_lie_in_memory_as_promised(kernel: str, layout: str) -> None:
     """Inductor takes the fake implementation at its word; flash-attention 2 lays its output out as its query."""
     q, k, v = (x.transpose(1, 2).contiguous() if layout == "positions first" else x.detach() for x in drawn())
-    options = (None, [], [], kernel, kernel, 0.25, 0.0, -1, 0, 0.0, "None")
+    options = (None, [], [], kernel, kernel, 0.25, 0.0, -1, 0, 0.0, "None", False)
     utilities = "test_schema", "test_autograd_registration", "test_faketensor"
     torch.library.opcheck(flash_attention, (q, k, v, *options), test_utils=utilities)
     output, logsumexp, _ = flash_attention(q, k, v, *options)
@@ -236,7 +236,9 @@ def test_no_package_sees_a_stride_of_0(kernel: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(version, "backward", lambda *args: seen.extend([args[0], *args[1][:3]]) or backward(*args))
     query, key, value = drawn()
     key, value = (x[:1].expand(4, -1, -1, -1) for x in (key, value))
-    flash_attention(query, key, value, None, [], [], kernel, kernel, 0.25, 0.0, -1, -1, 0.0, "None")[0].sum().backward()
+    flash_attention(query, key, value, None, [], [], kernel, kernel, 0.25, 0.0, -1, -1, 0.0, "None", False)[
+        0
+    ].sum().backward()
     assert len(seen) == 7 and not any(0 in x.stride() for x in seen)
 
 

@@ -15,6 +15,7 @@ from attn_rewriter.kernels.flex import Flex
 from attn_rewriter.kernels.paired import Paired
 from attn_rewriter.kernels.reference import Reference
 from attn_rewriter.kernels.sdpa import SDPA
+from attn_rewriter.kernels.stepwise import Stepwise
 
 _FLASH: tuple[Flash, ...] = (FA4(), FA3(), FA2(), CuDNN(), TorchFlash())
 
@@ -29,4 +30,4 @@ def named(name: str) -> Kernel:
     return PAIRS[name] if name in PAIRS else KERNELS[name]
 
 
-__all__ = ["KERNELS", "PAIRS", "Kernel", "Limits", "Paired", "Tensors", "named"]
+__all__ = ["KERNELS", "PAIRS", "Kernel", "Limits", "Paired", "Stepwise", "Tensors", "named"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -69,6 +70,13 @@ class Kernel:
     name: str
     limits: ClassVar[Limits] = Limits()
     needs_inductor: ClassVar[bool] = False
+    falls_back: bool = False
+
+    def with_fallback(self) -> Kernel:
+        """The same kernel, but where it raises while the model runs, something slower computes the same, if it can."""
+        made = copy(self)
+        made.falls_back = True
+        return made
 
     def refusals(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> list[str]:
         """Why this kernel cannot compute `spec`, a sentence each; empty means that it can."""

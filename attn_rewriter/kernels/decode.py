@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib import util
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from attn_rewriter.device import Device
 from attn_rewriter.kernels.base import Kernel, Limits, Tensors
 from attn_rewriter.kernels.masking import bias_terms, keep_mask, scaled_query, sink_scores
+from attn_rewriter.packages import unimportable
 from attn_rewriter.spec import AttentionSpec, Mask, Modifier, ScaleBy, Shapes, Softcap
 
 MAX_QUERIES = 64
@@ -47,6 +49,12 @@ def decode_form(modifiers: Sequence[Modifier]) -> DecodeForm | str:
     return DecodeForm(before.scale, before.query_scales, cap.cap, after.scale, after.biases)
 
 
+@lru_cache
+def _broken() -> str | None:
+    """Why Triton, or what is made of it, can't be imported."""
+    return unimportable("attn_rewriter.kernels.split_keys")
+
+
 class Decode(Kernel):
     """Any affine form, and one softcap, in inference; blocks of keys that are masked are not read."""
 
@@ -80,6 +88,8 @@ class Decode(Kernel):
             reasons.append("has no dropout")
         if not reasons and util.find_spec("triton") is None:
             reasons.append("triton is not installed")
+        if not reasons and (error := _broken()):
+            reasons.append(f"triton can't be used: {error}")
         return reasons
 
     def attend(self, spec: AttentionSpec, shapes: Shapes, device: Device, tensors: Tensors) -> torch.Tensor:

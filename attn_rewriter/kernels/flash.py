@@ -3,12 +3,19 @@
 Packages are called through a custom operator with a fake implementation and a backward pass of its own, so that every
 version goes through `torch.compile`, whatever its package registers. It takes the names of two kernels, as the passes
 of two may be mixed.
+
+A package may raise in the middle of a run, long after it was chosen. Where it was chosen automatically, the operator
+then computes the same pass step by step (`stepwise.py`): output and logsumexp, or the gradients from these, are the
+same whoever computes them. It says so once, computes calls of the same kind in this way from then on, and no graph that
+is compiled later gets that kernel. What passes is an error for want of memory, as the steps need no less; one with
+dropout, as what was dropped is known to the package alone; and what CUDA reports only after the call.
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Sequence
+import logging
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
@@ -19,10 +26,11 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from attn_rewriter.device import Device
+from attn_rewriter.errors import is_out_of_memory
 from attn_rewriter.kernels.base import Kernel, Limits, Tensors
 from attn_rewriter.kernels.blocks import TENSORS, block_mask, mask_names
 from attn_rewriter.kernels.masking import scaled_query, sink_scores
-from attn_rewriter.packages import version
+from attn_rewriter.packages import unimportable, version
 from attn_rewriter.spec import (
     EVERY_KEY,
     AttentionSpec,
@@ -38,6 +46,8 @@ from attn_rewriter.spec import (
     parsed,
     same,
 )
+
+log = logging.getLogger("attn_rewriter")
 
 HALF = frozenset({torch.float16, torch.bfloat16})
 
@@ -115,11 +125,8 @@ def missing(distribution: str, module: str, at_least: str) -> str | None:
         return f"{distribution} is not installed"
     if TorchVersion(found) < at_least:
         return f"needs {distribution} {at_least} or newer, this is {found}"
-    try:
-        importlib.import_module(module)
-    except Exception as error:  # whatever a broken installation raises
-        return f"{distribution} {found} can't be imported: {type(error).__name__}: {error}"
-    return None
+    error = unimportable(module)
+    return error and f"{distribution} {found} can't be imported: {error}"
 
 
 class Flash(Kernel):
@@ -153,6 +160,8 @@ class Flash(Kernel):
             reasons.append("query and value have one head_dim")
         if not reasons and (absent := missing(self.distribution, self.module, self.at_least)):
             reasons.append(absent)
+        if not reasons and self.name in _raised:
+            reasons.append(f"raised in this process: {_raised[self.name]}")
         return reasons
 
     @staticmethod
@@ -161,7 +170,7 @@ class Flash(Kernel):
         return [form.no_window]
 
     def attend(self, spec: AttentionSpec, shapes: Shapes, device: Device, tensors: Tensors) -> Tensor:
-        return attend(self, self, spec, shapes, tensors)
+        return attend(self, self, spec, shapes, tensors, self.falls_back)
 
     @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor, how: How) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -175,7 +184,9 @@ class Flash(Kernel):
         raise NotImplementedError
 
 
-def attend(forward: Flash, backward: Flash, spec: AttentionSpec, shapes: Shapes, tensors: Tensors) -> Tensor:
+def attend(
+    forward: Flash, backward: Flash, spec: AttentionSpec, shapes: Shapes, tensors: Tensors, falls_back: bool
+) -> Tensor:
     """A form that both kernels compute, each in its pass."""
     form = flash_form(spec, shapes)
     assert not isinstance(form, str)
@@ -191,7 +202,8 @@ def attend(forward: Flash, backward: Flash, spec: AttentionSpec, shapes: Shapes,
         blocks = [found[i] for i in range(len(TENSORS))]
         masks = [tensors[name] for name in mask_names(form.mask)]
     window = (-1 if side is None else side for side in (form.left, form.right))
-    options = (forward.name, backward.name, scale, form.softcap, *window, spec.dropout_p, repr(form.mask))
+    names, numbers = (forward.name, backward.name), (scale, form.softcap, *window, spec.dropout_p)
+    options = (*names, *numbers, repr(form.mask), falls_back)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     attention = flash_attention_with_dropout if spec.dropout_p else flash_attention
     return attention(query, key, value, sinks, blocks, masks, *options)[0].transpose(1, 2)
@@ -231,6 +243,52 @@ class Kept(NamedTuple):
     random: Tensor
 
 
+_raised: dict[str, str] = {}
+"""By the name of a kernel, what it raised where it was computed step by step instead."""
+
+_failed: set[tuple[Any, ...]] = set()
+"""The kinds of calls that did."""
+
+Pass = tuple[Any, ...]
+
+
+def _computed(
+    way: str, name: str, how: How, falls_back: bool, run: Callable[[type[Flash]], Pass], *given: Tensor
+) -> Pass:
+    """What `run` makes of a kernel, or, where that raises, of the one that computes step by step."""
+    kernel, stepwise = Flash.versions[name], Flash.versions["stepwise"]
+    if not falls_back or how.dropout_p:
+        return run(kernel)
+
+    def kind() -> tuple[Any, ...]:
+        return way, name, replace(how, blocks=(), masks=()), *((x.shape, x.dtype, x.device) for x in given)
+
+    if name in _raised and kind() in _failed:
+        return run(stepwise)
+    try:
+        return run(kernel)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        found = run(stepwise)  # which raises as well where it is CUDA that is out of order
+        _failed.add(kind())
+        said = f"{type(error).__name__}: {error}"
+        log.info("%s raised in its %s pass: %s", name, way, said, exc_info=error)
+        if _raised.setdefault(name, said) is said:
+            _warn(way, name, said, given)
+        return found
+
+
+def _warn(way: str, name: str, said: str, given: Sequence[Tensor]) -> None:
+    shapes = ", ".join(str((*x.shape,)) for x in given)
+    warnings.warn(
+        f"attn_rewriter: {name} raised in its {way} pass, given {given[0].dtype} of {shapes}: {said} "
+        "(computed step by step instead, which is right but slow, here and wherever it raises again; what is compiled "
+        "from now on gets another kernel, after torch.compiler.reset() everything does; with strict=True this raises)",
+        stacklevel=2,
+    )
+
+
 def _held(x: Tensor) -> Tensor:
     """A tensor whose elements all lie in memory: Hopper's copies take no stride of 0, as the gradient of a sum has."""
     return x.contiguous() if 0 in x.stride() else x
@@ -251,10 +309,12 @@ def _flash_attention(
     right: int,
     dropout_p: float,
     mask: str,
+    falls_back: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     how = How(scale, softcap, left, right, dropout_p, parsed(mask), blocks, masks)
-    query, key, value = map(_held, (query, key, value))
-    output, logsumexp, random = Flash.versions[forward].forward(query, key, value, how)
+    given = _held(query), _held(key), _held(value)
+    passed = _computed("forward", forward, how, falls_back, lambda kernel: kernel.forward(*given, how), *given)
+    output, logsumexp, random = passed
     if sinks is not None:
         output, logsumexp = _with_sinks(output, logsumexp, sinks)
     # Contiguous, as the fake says: version 2 lays its output out as its query.
@@ -295,11 +355,14 @@ def _flash_attention_backward(
     right: int,
     dropout_p: float,
     mask: str,
+    falls_back: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     how = How(scale, softcap, left, right, dropout_p, parsed(mask), blocks, masks)
     kept = Kept(_held(query), _held(key), _held(value), output, logsumexp, random)
-    found = Flash.versions[backward].backward(_held(gradient), kept, how)
-    return tuple(x.contiguous() for x in found)  # type: ignore[return-value]
+    gradient = _held(gradient)
+    run = lambda kernel: kernel.backward(gradient, kept, how)  # noqa: E731
+    found = _computed("backward", backward, how, falls_back, run, *kept[:3])
+    return tuple(x.contiguous() for x in found)
 
 
 @_flash_attention_backward.register_fake

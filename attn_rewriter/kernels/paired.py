@@ -29,4 +29,4 @@ class Paired(Kernel):
         return [*dict.fromkeys(reasons)]
 
     def attend(self, spec: AttentionSpec, shapes: Shapes, device: Device, tensors: Tensors) -> Tensor:
-        return attend(self.forward, self.backward, spec, shapes, tensors)
+        return attend(self.forward, self.backward, spec, shapes, tensors, self.falls_back)
