@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from attn_rewriter.buffers import Buffers
+from attn_rewriter.buffers import Buffers, Contents, note
 from attn_rewriter.caches import keep_in_place
 from attn_rewriter.device import Device
+from attn_rewriter.handed_on import handed_on
 from attn_rewriter.options import Options
 from attn_rewriter.pipeline import Settings, rewrite
 from attn_rewriter.report import Report
@@ -41,9 +42,12 @@ class Backend:
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
         with Buffers(gm, example_inputs) as buffers:
+            masks = handed_on(gm)
             compiled = self._rewritten(gm, example_inputs, **kwargs)
-        # Traced once more, so that Dynamo's own guards watch over whatever its compilation takes for granted.
-        return buffers.guarded(compiled, lambda original: torch.compile(original, backend=self._rewritten))
+        if self._reports[-1].n_sites:
+            # Traced once more, so that Dynamo's own guards watch over whatever its compilation takes for granted.
+            compiled = buffers.guarded(compiled, lambda original: torch.compile(original, backend=self._rewritten))
+        return noting(masks, compiled) if masks else compiled
 
     def _rewritten(self, gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
         if self._records:
@@ -61,6 +65,18 @@ class Backend:
         """Called by `torch._dynamo.reset()`."""
         if hasattr(self._compile, "reset"):
             self._compile.reset()
+
+
+def noting(masks: Mapping[int, Contents], compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """A call that says of the masks among its outputs what they hold."""
+
+    def call(*args: Any) -> Any:
+        outputs = compiled(*args)
+        for i, held in masks.items():
+            note(outputs[i], held)
+        return outputs
+
+    return call
 
 
 def _compiler(options: Options) -> Callable[..., Any]:

@@ -1,9 +1,14 @@
-"""Registered buffers that are read by value, and what makes that sound.
+"""What a compiled graph takes for granted of its inputs, and what makes that sound.
 
 Models of the GPT-2 era register their causal mask as a buffer. What it holds is known when a graph is compiled, but
 not that it stays so. So every call of a graph that was rewritten by a buffer's contents checks that it still has the
 very tensor that was read, at the version it had then; another tensor, or another version, is read again and must say
 the same. Where it does not, the graph as it was before is compiled and called instead.
+
+A mask that another graph made is known by what was proved there (`handed_on.py`), which every call of that graph notes
+about the very tensor that it returns, at its version. Here too every call checks that it was handed such a tensor. And
+a graph that was rewritten within `context_parallel()` computes nothing else outside of it, nor the other way round: a
+call from elsewhere compiles the graph as it was before, there.
 
 A version counts every write that PyTorch sees. It does not see what is written through `buffer.data`, or through
 memory that a tensor shares with something else (NumPy, another process): after such a write, call
@@ -20,6 +25,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 from torch.utils.weak import WeakIdKeyDictionary
+
+from attn_rewriter.context_parallel import Ring, ring
+from attn_rewriter.errors import RewriteError
 
 _KEY = "attn_rewriter_buffer"
 _RETRIES = 8
@@ -109,28 +117,62 @@ def _mark(tensor: Any) -> tuple[Any, ...] | None:
     return tensor._version, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
+_known: Any = WeakIdKeyDictionary()
+
+
+def note(tensor: torch.Tensor, held: Contents) -> None:
+    """Say what a tensor holds, as it is now."""
+    if not tensor.is_inference():
+        _known[tensor] = (tensor._version, held)
+
+
+def noted(tensor: Any) -> Contents | None:
+    """What was said that a tensor holds, if nobody has written into it since."""
+    if not isinstance(tensor, torch.Tensor) or tensor.is_inference() or _is_wrapped(tensor):
+        return None
+    version, held = _known.get(tensor, (None, None))
+    return held if version == tensor._version else None
+
+
+class HandedOn:
+    """An input that another graph made, and what is known about it: as a `Buffer`, but for how it is known."""
+
+    def __init__(self, held: Contents, before_reading: Callable[[], None]) -> None:
+        self._contents = held
+        self._before_reading = before_reading
+        self.is_read = False
+
+    def read(self) -> Contents:
+        if not self.is_read:
+            self._before_reading()
+            self.is_read = True
+        return self._contents
+
+    def holds(self, tensor: Any) -> bool:
+        return noted(tensor) == self._contents
+
+
 class Buffers:
-    """The buffers among the inputs of a graph, which `buffer_of` finds while the graph is rewritten."""
+    """The buffers and the known masks among the inputs of a graph, which `buffer_of` finds while it is rewritten."""
 
     def __init__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> None:
         self.gm = gm
         self.original: GraphModule | None = None
+        self._ring = ring()
         self._inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
-        self._buffers = {
-            i: Buffer(given, self._keep_original)
-            for i, (node, given) in enumerate(zip(self._inputs, example_inputs))
-            if _is_buffer(node) and type(given) is torch.Tensor
-        }
+        self._buffers: dict[int, Buffer | HandedOn] = {}
+        for i, (node, given) in enumerate(zip(self._inputs, example_inputs)):
+            if (held := noted(given)) is not None:
+                self._buffers[i] = HandedOn(held, self._keep_original)
+            elif _is_buffer(node) and type(given) is torch.Tensor:
+                self._buffers[i] = Buffer(given, self._keep_original)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self._keep_original()
 
     def _keep_original(self) -> None:
         """The graph, before the first site is rewritten by a buffer's contents."""
         if self.original is None:
-            held = [
-                x
-                for module in self.gm.modules()
-                for x in (*vars(module).values(), *module.buffers(), *module.parameters())
-            ]
-            self.original = copy.deepcopy(self.gm, {id(x): x for x in held if isinstance(x, torch.Tensor)})
+            self.original = _copied(self.gm)
 
     def __enter__(self) -> Buffers:
         for i, buffer in self._buffers.items():
@@ -145,25 +187,35 @@ class Buffers:
     def guarded(
         self, compiled: Callable[..., Any], compile_original: Callable[[GraphModule], Callable[..., Any]]
     ) -> Callable[..., Any]:
-        """A call of `compiled` where all buffers hold what was read, and of the original graph where they do not."""
-        original = self.original
-        if original is None:
-            return compiled
+        """A call of `compiled` where all that was read still holds, and of the original graph where it does not."""
+        original, here = self.original, self._ring
         trusted = [(i, buffer) for i, buffer in self._buffers.items() if buffer.is_read]
-        general: list[Callable[..., Any]] = []
+        general: dict[Ring | None, Callable[..., Any]] = {}
 
         def call(*args: Any) -> Any:
-            if all(buffer.holds(args[i]) for i, buffer in trusted):
+            around = ring()
+            if around == here and all(buffer.holds(args[i]) for i, buffer in trusted):
                 return compiled(*args)
-            if not general:
-                general.append(compile_original(original))
-            return general[0](*args)
+            if around not in general:
+                if original is None:
+                    raise RewriteError(
+                        "this was compiled before torch.distributed was initialised, and is called within "
+                        "context_parallel(): call torch.compiler.reset() before"
+                    )
+                general[around] = compile_original(_copied(original))  # whose code Dynamo takes for another's
+            return general[around](*args)
 
         return call
 
 
-def buffer_of(node: Node) -> Buffer | None:
-    """The buffer that a graph's input stands for, if it may be read."""
+def _copied(gm: GraphModule) -> GraphModule:
+    """Another graph over the same tensors."""
+    held = [x for module in gm.modules() for x in (*vars(module).values(), *module.buffers(), *module.parameters())]
+    return copy.deepcopy(gm, {id(x): x for x in held if isinstance(x, torch.Tensor)})
+
+
+def buffer_of(node: Node) -> Buffer | HandedOn | None:
+    """The buffer or the mask that a graph's input stands for, if it may be read."""
     return node.meta.get(_KEY)
 
 

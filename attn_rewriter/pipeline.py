@@ -11,9 +11,11 @@ from dataclasses import dataclass, replace
 from itertools import count
 
 from torch.fx import GraphModule
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from attn_rewriter.autotune import times
 from attn_rewriter.choose import Request, choose, requested
+from attn_rewriter.context_parallel import ring
 from attn_rewriter.describe import describe
 from attn_rewriter.device import Device
 from attn_rewriter.distribute import distribute
@@ -78,7 +80,7 @@ def _rewrite(facts: Facts, settings: Settings, random: Iterator[int]) -> Iterato
     for site in [*find(facts)]:
         unread = SiteReport(module_path(site.anchor), source(site.anchor))
         try:
-            yield _rewrite_site(site, facts, settings, random, unread)
+            report = _rewrite_site(site, facts, settings, random, unread)
         except KernelUnavailable as error:
             raise KernelUnavailable(f"{unread.place}: {error}") from None
         except Exception as error:
@@ -87,7 +89,18 @@ def _rewrite(facts: Facts, settings: Settings, random: Iterator[int]) -> Iterato
                 raise RewriteError(f"could not rewrite the attention at {message}") from error
             warnings.warn(f"attn_rewriter leaves this attention as it is, after an error at {message}", stacklevel=2)
             log.debug("internal error at %s", message, exc_info=error)
-            yield replace(unread, refusals=(Refusal("internal", f"{type(error).__name__}: {error}", site.anchor),))
+            report = replace(unread, refusals=(Refusal("internal", f"{type(error).__name__}: {error}", site.anchor),))
+        if report.kernel is None and not settings.dry and ring() is not None and not _is_wrapped(site):
+            raise RewriteError(
+                "within context_parallel(), this attention would see the keys of its own process alone, and it can't "
+                f"be rewritten: {report}"
+            )
+        yield report
+
+
+def _is_wrapped(site: Site) -> bool:
+    """Whether a site's tensors are of a class that says itself what operations do, as `DTensor` and `NestedTensor`."""
+    return is_traceable_wrapper_subclass(tensor(site.output))
 
 
 def _rewrite_site(
@@ -96,13 +109,16 @@ def _rewrite_site(
     if site.kind == "mha":
         reason = obstacle(site.anchor, site.call) or "it could not be opened"
         return replace(unread, refusals=(Refusal("lower", reason, site.anchor),))
+    if _is_wrapped(site):
+        reason = f"its tensors are {type(tensor(site.output)).__name__}s, which fused kernels don't take"
+        return replace(unread, refusals=(Refusal("find", reason, site.anchor),))
     found = site.refusal or describe(site, facts)
     if isinstance(found, Refusal):
         return replace(unread, refusals=(found,))
     output = tensor(site.output)
     assert output is not None
     device = settings.device or Device.of(output.device)
-    tuned = settings.autotune and not settings.dry and requested(settings.kernel) is None
+    tuned = settings.autotune and not settings.dry and requested(settings.kernel) is None and ring() is None
     timed = times(found, device, inductor=settings.inductor) if tuned else {}
     choice = choose(
         found.spec, found.shapes, device, settings.kernel, inductor=settings.inductor, preferred=tuple(timed)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from attn_rewriter.context_parallel import ring
 from attn_rewriter.device import Device
 from attn_rewriter.spec import AttentionSpec, Shapes, Size
 
@@ -69,10 +70,13 @@ class Kernel:
     name: str
     limits: ClassVar[Limits] = Limits()
     needs_inductor: ClassVar[bool] = False
+    goes_round: ClassVar[bool] = False
 
     def refusals(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> list[str]:
         """Why this kernel cannot compute `spec`, a sentence each; empty means that it can."""
         reasons = self.limits.refusals(shapes, device)
+        if ring() is not None and not self.goes_round:
+            reasons.append("sees no keys of other processes, as within context_parallel()")
         if shapes.is_gqa and not isinstance(shapes.num_groups, int):
             reasons.append("the number of heads that share a key is not known")
         return reasons
