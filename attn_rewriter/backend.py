@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from attn_rewriter.buffers import Buffers, Contents, note
+from attn_rewriter.buffers import Buffers, note
 from attn_rewriter.caches import keep_in_place
 from attn_rewriter.device import Device
 from attn_rewriter.handed_on import handed_on
@@ -67,7 +67,7 @@ class Backend:
             self._compile.reset()
 
 
-def noting(masks: Mapping[int, Contents], compiled: Callable[..., Any]) -> Callable[..., Any]:
+def noting(masks: Mapping[int, Any], compiled: Callable[..., Any]) -> Callable[..., Any]:
     """A call that says of the masks among its outputs what they hold."""
 
     def call(*args: Any) -> Any:

@@ -6,8 +6,9 @@ very tensor that was read, at the version it had then; another tensor, or anothe
 the same. Where it does not, the graph as it was before is compiled and called instead.
 
 A mask that another graph made is known by what was proved there (`handed_on.py`), which every call of that graph notes
-about the very tensor that it returns, at its version. Here too every call checks that it was handed such a tensor. And
-a graph that was rewritten within `context_parallel()` computes nothing else outside of it, nor the other way round: a
+about the very tensor that it returns, at its version. Here too every call checks that it was handed such a tensor.
+Where nothing was proved but that it is a mask, as one that depends on the positions that a model is given, it is read
+as buffers are, once for each mask: the layers of a model share one. And a graph that was rewritten within `context_parallel()` computes nothing else outside of it, nor the other way round: a
 call from elsewhere compiles the graph as it was before, there.
 
 A version counts every write that PyTorch sees. It does not see what is written through `buffer.data`, or through
@@ -46,14 +47,15 @@ class Contents:
 
 
 def contents(tensor: torch.Tensor) -> Contents | None:
-    """What a tensor holds, if it is one number or a banded matrix."""
+    """What a tensor holds, if it is one number or a banded matrix, or a batch of the same one."""
     if type(tensor) is not torch.Tensor or tensor.layout != torch.strided or tensor.is_meta or tensor.numel() == 0:
         return None
-    *leading, rows, columns = (1, 1, *tensor.shape)
-    if tensor.is_complex() or tensor.is_quantized or any(n != 1 for n in leading):
+    if tensor.is_complex() or tensor.is_quantized:
         return None
     with torch.no_grad():
-        matrix = tensor.reshape(rows, columns)
+        matrix = tensor.reshape(-1, *(1, 1, *tensor.shape)[-2:])[0]
+        if matrix.numel() != tensor.numel() and not torch.equal(tensor, matrix.expand_as(tensor)):
+            return None
         if not torch.equal(matrix[1:, 1:], matrix[:-1, :-1]):
             return None
         diagonals = torch.cat([matrix[:, 0].flip(0), matrix[0, 1:]])  # from the lower left to the upper right
@@ -61,7 +63,7 @@ def contents(tensor: torch.Tensor) -> Contents | None:
         values = [diagonals[0].item(), *(diagonals[i + 1].item() for i in starts)]
     if any(value != value for value in values):
         return None
-    ends = [i - (rows - 1) for i in starts]
+    ends = [i - (matrix.size(0) - 1) for i in starts]
     if not ends:
         return Contents(values[0])
     if len(ends) == 1:
@@ -117,17 +119,20 @@ def _mark(tensor: Any) -> tuple[Any, ...] | None:
     return tensor._version, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
+UNPROVED = object()
+"""What is said of a mask that has to be looked at."""
+
 _known: Any = WeakIdKeyDictionary()
 
 
-def note(tensor: torch.Tensor, held: Contents) -> None:
-    """Say what a tensor holds, as it is now."""
+def note(tensor: torch.Tensor, held: Any) -> None:
+    """Say what a mask holds, as it is now: `Contents`, or `UNPROVED`."""
     if not tensor.is_inference():
         _known[tensor] = (tensor._version, held)
 
 
-def noted(tensor: Any) -> Contents | None:
-    """What was said that a tensor holds, if nobody has written into it since."""
+def noted(tensor: Any) -> Any:
+    """What was said that a tensor holds, if nobody has written into it since; None where nothing was said."""
     if not isinstance(tensor, torch.Tensor) or tensor.is_inference() or _is_wrapped(tensor):
         return None
     version, held = _known.get(tensor, (None, None))
@@ -162,9 +167,10 @@ class Buffers:
         self._inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
         self._buffers: dict[int, Buffer | HandedOn] = {}
         for i, (node, given) in enumerate(zip(self._inputs, example_inputs)):
-            if (held := noted(given)) is not None:
+            held = noted(given)
+            if isinstance(held, Contents):
                 self._buffers[i] = HandedOn(held, self._keep_original)
-            elif _is_buffer(node) and type(given) is torch.Tensor:
+            elif type(given) is torch.Tensor and (held is UNPROVED or _is_buffer(node)):
                 self._buffers[i] = Buffer(given, self._keep_original)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             self._keep_original()
