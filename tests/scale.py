@@ -1,0 +1,350 @@
+"""What the two processes of `test_scale` do: PyTorch's engines around small models, each case against one process."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
+
+import attn_rewriter
+from tests import models
+from tests.accuracy import assert_as_accurate
+
+WORLD, BATCH, LENGTH, STEPS, RATE = 2, 4, 12, 2, 1e-3
+FUSED = "aten::_scaled_dot_product_flash_attention_for_cpu"
+
+
+# ------------------------------------------------------------------------------------------- models
+
+
+class Attention(nn.Module):
+    """Causal, with as many heads as its projections give."""
+
+    def __init__(self, width: int = 32, head_dim: int = 8) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in projections)
+        mask = torch.ones(x.size(1), x.size(1), dtype=torch.bool, device=x.device).tril()
+        weights = (q @ k.mT * self.head_dim**-0.5).masked_fill(~mask, float("-inf")).softmax(-1)
+        return self.o_proj((weights @ v).transpose(1, 2).flatten(2))
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attn, self.norm = Attention(), nn.LayerNorm(32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.self_attn(self.norm(x))
+
+
+class Plain(nn.Module):
+    """A model of nobody's library."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(models.VOCABULARY, 32), nn.Linear(32, models.VOCABULARY)
+        self.layers = nn.ModuleList([Layer(), Layer()])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def build(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The same weights every time."""
+    if name == "llama":
+        return models.build("llama", "eager", dtype).train()
+    torch.manual_seed(0)
+    model = Plain()
+    models.randomize(model)
+    return model.to(dtype)
+
+
+def layers(model: nn.Module) -> nn.ModuleList:
+    return model.layers if isinstance(model, Plain) else model.model.layers  # type: ignore[union-attr, return-value]
+
+
+def call(model: nn.Module, ids: Tensor, **given: Any) -> Tensor:
+    """Logits."""
+    output = model(ids, **given)
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def tokens(seed: int) -> Tensor:
+    return torch.randint(3, models.VOCABULARY, (BATCH, LENGTH), generator=torch.Generator().manual_seed(seed))
+
+
+def loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+# -------------------------------------------------------------------------------------- two steps
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is compared: the loss and all gradients of each training step, and logits after them."""
+
+    losses: list[Tensor]
+    gradients: list[Tensor]
+    logits: Tensor
+
+    def all(self) -> dict[str, Any]:
+        return vars(self)
+
+
+def train(model: nn.Module, forward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Seen:
+    """Steps of gradient descent. `forward` gives a loss to differentiate and the loss over all processes."""
+    losses, gradients = [], []
+    for step in range(STEPS):
+        mine, whole = forward(tokens(step), tokens(100 + step))
+        mine.backward()
+        losses.append(whole.detach())
+        parameters = [p for _, p in sorted(model.named_parameters(), key=lambda item: bare(item[0]))]
+        gradients.append(torch.cat([gathered(p.grad).flatten() for p in parameters]))
+        with torch.no_grad():
+            for p in parameters:
+                p -= RATE * p.grad
+                p.grad = None
+    return Seen(losses, gradients, torch.empty(0))
+
+
+def bare(name: str) -> str:
+    """A parameter's name without what wrappers put before it."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")
+
+
+def gathered(x: Tensor | None) -> Tensor:
+    assert x is not None
+    return x.full_tensor() if isinstance(x, DTensor) else x.clone()
+
+
+@cache
+def alone(name: str, dtype: torch.dtype) -> Seen:
+    """One process, eager, over the whole batch."""
+    with models.NothingNarrowed():
+        model = build(name, dtype)
+
+        def forward(ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            whole = loss(call(model, ids), labels)
+            return whole, whole
+
+        seen = train(model, forward)
+        with torch.no_grad():
+            return Seen(seen.losses, seen.gradients, call(model.eval(), tokens(50)))
+
+
+# ---------------------------------------------------------------------------------------- engines
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How a model is wrapped, on devices of this mesh, and whether its processes share a batch."""
+
+    wrap: Callable[[nn.Module, DeviceMesh], nn.Module]
+    mesh: tuple[int, ...] = (WORLD,)
+    splits_batch: bool = True
+
+
+def ddp(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    return DistributedDataParallel(model)
+
+
+def ddp_in_many_buckets(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """As large models are: every parameter in a bucket of its own, at which DDPOptimizer cuts the graph."""
+    wrapped = DistributedDataParallel(model)
+    wrapped.bucket_bytes_cap = dist._DEFAULT_FIRST_BUCKET_BYTES = 1  # what DDPOptimizer reads; arguments are in MiB
+    return wrapped
+
+
+def fsdp(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    data = mesh["data"] if mesh.ndim > 1 else mesh
+    for layer in layers(model):
+        fully_shard(layer, mesh=data)
+    return fully_shard(model, mesh=data)
+
+
+def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    heads = mesh["heads"] if mesh.ndim > 1 else mesh
+    plan: dict[str, Any] = {f"self_attn.{x}_proj": ColwiseParallel() for x in "qkv"}
+    plan["self_attn.o_proj"] = RowwiseParallel()
+    for layer in layers(model):
+        mlp = {"mlp.gate_proj": ColwiseParallel(), "mlp.up_proj": ColwiseParallel(), "mlp.down_proj": RowwiseParallel()}
+        parallelize_module(layer, heads, plan | (mlp if hasattr(layer, "mlp") else {}))
+    return model
+
+
+def by_tp_plan(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """As transformers does for `tp_plan="auto"`, from a folder."""
+    folder = SCRATCH / "model"
+    if dist.get_rank() == 0:
+        model.save_pretrained(folder)  # type: ignore[operator]
+    dist.barrier()
+    made = type(model).from_pretrained(folder, tp_plan="auto", attn_implementation="eager")  # type: ignore[attr-defined]
+    return made.train()
+
+
+ENGINES = {
+    "DDP": Engine(ddp),
+    "DDP, many buckets": Engine(ddp_in_many_buckets),
+    "FSDP2": Engine(fsdp),
+    "TP": Engine(tensor_parallel, splits_batch=False),
+    "tp_plan": Engine(by_tp_plan, splits_batch=False),
+    "FSDP2 + TP": Engine(lambda model, mesh: fsdp(tensor_parallel(model, mesh), mesh), (1, WORLD), splits_batch=False),
+}
+
+
+def optimized_before(model: nn.Module, wrap: Callable[[nn.Module], nn.Module], compiler: str) -> nn.Module:
+    return wrap(attn_rewriter.optimize(model, compiler=compiler))
+
+
+def optimized_after(model: nn.Module, wrap: Callable[[nn.Module], nn.Module], compiler: str) -> nn.Module:
+    return attn_rewriter.optimize(wrap(model), compiler=compiler)
+
+
+def compiled(model: nn.Module, wrap: Callable[[nn.Module], nn.Module], compiler: str) -> nn.Module:
+    return torch.compile(wrap(model), backend="attn_rewriter", options={"compiler": compiler})  # type: ignore[return-value]
+
+
+ORDERS = {"before": optimized_before, "after": optimized_after, "torch.compile": compiled}
+
+
+@dataclass(frozen=True)
+class Case:
+    """An engine around a model, and when it is optimised."""
+
+    engine: str
+    order: str
+    model: str = "plain"
+    compiler: str = "aot_eager"
+
+    def __str__(self) -> str:
+        return f"{self.engine}, {self.order}: {self.model}, {self.compiler}"
+
+    def run(self) -> None:
+        engine, order = ENGINES[self.engine], ORDERS[self.order]
+        mesh = init_device_mesh("cpu", engine.mesh, mesh_dim_names=("data", "heads")[: len(engine.mesh)])
+        torch._dynamo.reset()
+        with said() as lines:
+            model = order(build(self.model), lambda model: engine.wrap(model, mesh), self.compiler)
+            seen = self._train(model, engine.splits_batch)
+        assert lines and all(line.endswith("-> sdpa") and "causal [" in line for line in lines), lines
+        if self.order != "torch.compile":
+            report = attn_rewriter.report_of(model)
+            assert report.n_fused == report.n_sites > 0, report
+        assert_as_accurate(
+            seen.all(), alone(self.model, torch.float32).all(), alone(self.model, torch.float64).all(), str(self)
+        )
+
+    def _train(self, model: nn.Module, splits_batch: bool) -> Seen:
+        rank = dist.get_rank()
+
+        def mine(x: Tensor) -> Tensor:
+            return x.chunk(WORLD)[rank] if splits_batch else x
+
+        def forward(ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            with counted() if ids.equal(tokens(STEPS - 1)) else nullcontext():
+                here = loss(call(model, mine(ids)), mine(labels))
+            return here, mean(here) if splits_batch else here
+
+        seen = train(model, forward)
+        with torch.no_grad():
+            logits = call(model.eval(), mine(tokens(50)))
+        return Seen(seen.losses, seen.gradients, joined(logits) if splits_batch else logits)
+
+
+def mean(x: Tensor) -> Tensor:
+    whole = x.detach().clone()
+    dist.all_reduce(whole)
+    return whole / WORLD
+
+
+def joined(x: Tensor) -> Tensor:
+    parts = [torch.empty_like(x) for _ in range(WORLD)]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+@contextmanager
+def said() -> Iterator[list[str]]:
+    """What is logged of each site."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("attn_rewriter")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
+
+
+@contextmanager
+def counted(calls: int = 2) -> Iterator[None]:
+    """Every attention of the forward pass within is a fused one, whatever was compiled when."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler prints when it starts and stops
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        yield
+    names = [event.name for event in trace.events()]
+    assert names.count(FUSED) == calls, (names.count(FUSED), names.count("aten::_softmax"))
+    assert "aten::_softmax" not in names
+
+
+CASES = [
+    *(Case(engine, order) for engine in ENGINES if engine != "tp_plan" for order in ORDERS),
+    *(Case(engine, "after", "llama") for engine in ("DDP, many buckets", "FSDP2", "tp_plan")),
+    Case("FSDP2 + TP", "before", "llama", compiler="inductor"),
+]
+
+# --------------------------------------------------------------------------------------- processes
+
+SCRATCH = Path()
+
+
+def process(rank: int, folder: Path, cases: list[Any]) -> None:
+    """One of the two: run all cases, and write what went wrong."""
+    global SCRATCH
+    SCRATCH = folder
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", f"file://{folder / 'store'}", timedelta(seconds=60), world_size=WORLD, rank=rank
+    )
+    failures: dict[str, str] = {}
+    for case in cases:
+        import time
+        t = time.time()
+        try:
+            case.run()
+        except Exception:
+            failures[str(case)] = traceback.format_exc(limit=-4)
+        if rank == 0:
+            print("TIME", case, time.time() - t, flush=True)
+    (folder / f"{rank}.json").write_text(json.dumps(failures))
+    dist.destroy_process_group()
