@@ -8,8 +8,10 @@ the same. Where it does not, the graph as it was before is compiled and called i
 A mask that another graph made is known by what was proved there (`handed_on.py`), which every call of that graph notes
 about the very tensor that it returns, at its version. Here too every call checks that it was handed such a tensor.
 Where nothing was proved but that it is a mask, as one that depends on the positions that a model is given, it is read
-as buffers are, once for each mask: the layers of a model share one. And a graph that was rewritten within `context_parallel()` computes nothing else outside of it, nor the other way round: a
-call from elsewhere compiles the graph as it was before, there.
+as buffers are, once for each mask: the layers of a model share one.
+
+And what was rewritten within `context_parallel()` computes nothing else outside of it, nor the other way round: a call
+from elsewhere compiles the graph as it was before, there.
 
 A version counts every write that PyTorch sees. It does not see what is written through `buffer.data`, or through
 memory that a tensor shares with something else (NumPy, another process): after such a write, call

@@ -2,8 +2,8 @@
 
 A model that falls into several graphs (FSDP2's hooks and DDP's buckets cut it, and so does any graph break) often
 builds its mask in one of them and attends in others, which are handed a tensor. What is known about it is said where it
-is made: of a graph's outputs, those that hold one value within a band of their last two dimensions, and another outside,
-and those that are masks but vary with what only the run knows.
+is made: of a graph's outputs, those that hold one value within a band of their last two dimensions, and another
+outside, and those that are masks but vary with what only the run knows.
 """
 
 from __future__ import annotations

@@ -5,25 +5,32 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.experimental import context_parallel
+from torch.distributed.tensor.experimental._attention import _cp_options, context_parallel_unshard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
+from transformers import DynamicCache
 
 import attn_rewriter
 from tests import models
@@ -119,14 +126,16 @@ class Seen:
         return vars(self)
 
 
-def train(model: nn.Module, forward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Seen:
-    """Steps of gradient descent. `forward` gives a loss to differentiate and the loss over all processes."""
+def train(model: nn.Module, step: Callable[[Tensor, Tensor], Tensor], average: bool = False) -> Seen:
+    """Steps of gradient descent. `step` leaves gradients, to be averaged over all processes unless an engine did that,
+    and gives the loss over all of them."""
     losses, gradients = [], []
-    for step in range(STEPS):
-        mine, whole = forward(tokens(step), tokens(100 + step))
-        mine.backward()
-        losses.append(whole.detach())
+    for i in range(STEPS):
+        losses.append(step(tokens(i), tokens(100 + i)).detach())
         parameters = [p for _, p in sorted(model.named_parameters(), key=lambda item: bare(item[0]))]
+        for p in parameters:
+            if average:
+                p.grad = mean(p.grad)
         gradients.append(torch.cat([gathered(p.grad).flatten() for p in parameters]))
         with torch.no_grad():
             for p in parameters:
@@ -151,11 +160,12 @@ def alone(name: str, dtype: torch.dtype) -> Seen:
     with models.NothingNarrowed():
         model = build(name, dtype)
 
-        def forward(ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        def step(ids: Tensor, labels: Tensor) -> Tensor:
             whole = loss(call(model, ids), labels)
-            return whole, whole
+            whole.backward()
+            return whole
 
-        seen = train(model, forward)
+        seen = train(model, step)
         with torch.no_grad():
             return Seen(seen.losses, seen.gradients, call(model.eval(), tokens(50)))
 
@@ -250,7 +260,6 @@ class Case:
     def run(self) -> None:
         engine, order = ENGINES[self.engine], ORDERS[self.order]
         mesh = init_device_mesh("cpu", engine.mesh, mesh_dim_names=("data", "heads")[: len(engine.mesh)])
-        torch._dynamo.reset()
         with said() as lines:
             model = order(build(self.model), lambda model: engine.wrap(model, mesh), self.compiler)
             seen = self._train(model, engine.splits_batch)
@@ -268,12 +277,13 @@ class Case:
         def mine(x: Tensor) -> Tensor:
             return x.chunk(WORLD)[rank] if splits_batch else x
 
-        def forward(ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        def step(ids: Tensor, labels: Tensor) -> Tensor:
             with counted() if ids.equal(tokens(STEPS - 1)) else nullcontext():
                 here = loss(call(model, mine(ids)), mine(labels))
-            return here, mean(here) if splits_batch else here
+            here.backward()
+            return mean(here) if splits_batch else here
 
-        seen = train(model, forward)
+        seen = train(model, step)
         with torch.no_grad():
             logits = call(model.eval(), mine(tokens(50)))
         return Seen(seen.losses, seen.gradients, joined(logits) if splits_batch else logits)
@@ -318,33 +328,209 @@ def counted(calls: int = 2) -> Iterator[None]:
 
 
 CASES = [
-    *(Case(engine, order) for engine in ENGINES if engine != "tp_plan" for order in ORDERS),
+    *(Case(engine, order) for engine in ("DDP", "FSDP2", "TP", "FSDP2 + TP") for order in ORDERS),
     *(Case(engine, "after", "llama") for engine in ("DDP, many buckets", "FSDP2", "tp_plan")),
-    Case("FSDP2 + TP", "before", "llama", compiler="inductor"),
+    Case("FSDP2", "before", compiler="inductor"),
 ]
+
+# -------------------------------------------------------------------------------- context parallel
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Each process holds a part of the sequence."""
+
+    model: str
+    compiler: str = "aot_eager"
+    sharded: bool = False
+    balanced: bool = True
+
+    def run(self) -> None:
+        mesh = init_device_mesh("cpu", (WORLD,))
+        made = build(self.model)
+        with balanced(self.balanced), said() as lines:
+            model = attn_rewriter.optimize(fsdp(made, mesh) if self.sharded else made, compiler=self.compiler)
+
+            def step(ids: Tensor, labels: Tensor) -> Tensor:
+                with in_parts(mesh, ids, labels, positions := torch.arange(LENGTH)[None]):
+                    here = loss(self._call(model, ids, positions), labels)
+                    here.backward()
+                return mean(here)
+
+            seen = train(model, step, average=not self.sharded)
+            model.eval()
+            with torch.no_grad():
+                logits = self._logits(model, mesh)
+                assert_same = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+                assert_same(self._call(model, tokens(50), torch.arange(LENGTH)[None]), logits)  # outside of it
+                assert_same(self._logits(model, mesh), logits)  # and back
+        assert lines and all(line.endswith("-> sdpa") and "causal [" in line for line in lines), lines
+        seen = Seen(seen.losses, seen.gradients, logits)
+        assert_as_accurate(
+            seen.all(), alone(self.model, torch.float32).all(), alone(self.model, torch.float64).all(), str(self)
+        )
+
+    def _logits(self, model: nn.Module, mesh: DeviceMesh) -> Tensor:
+        ids, positions = tokens(50), torch.arange(LENGTH)[None]
+        with in_parts(mesh, ids, positions):
+            logits = self._call(model, ids, positions)
+            return context_parallel_unshard(mesh, [logits], [1])[0]
+
+    def _call(self, model: nn.Module, ids: Tensor, positions: Tensor) -> Tensor:
+        if self.model == "plain":
+            return call(model, ids)
+        # With positions but no cache, transformers would look for where one sequence ends and the next one begins.
+        return call(model, ids, position_ids=positions, past_key_values=DynamicCache(), use_cache=True)
+
+
+def in_parts(mesh: DeviceMesh, *tensors: Tensor) -> Any:
+    return context_parallel(mesh, buffers=[*tensors], buffer_seq_dims=[1] * len(tensors))
+
+
+@contextmanager
+def balanced(yes: bool) -> Iterator[None]:
+    """Whether each process holds a piece of the first half and one of the second, which are equally long to compute."""
+    before, _cp_options.enable_load_balance = _cp_options.enable_load_balance, yes
+    try:
+        yield
+    finally:
+        _cp_options.enable_load_balance = before
+
+
+@dataclass(frozen=True)
+class NotInParts:
+    """What a part says nothing about the whole of raises within `context_parallel`, and is fused outside of it."""
+
+    name: str
+    attention: Callable[[Tensor], Tensor]
+    reason: str
+
+    def __str__(self) -> str:
+        return self.name
+
+    def run(self) -> None:
+        mesh = init_device_mesh("cpu", (WORLD,))
+        function = attn_rewriter.optimize(self.attention, compiler="eager")
+        x = torch.randn(2, 4, LENGTH, 8)
+        function(x)
+        assert attn_rewriter.report_of(function).n_fused == 1
+        with (
+            pytest.raises(BackendCompilerFailed, match=f"keys of its own process alone.*{self.reason}"),
+            context_parallel(mesh, buffers=[x], buffer_seq_dims=[2]),
+        ):
+            function(x)
+
+
+def causal(x: Tensor, window: int = 1 << 20) -> Tensor:
+    scores = x @ x.mT
+    distance = torch.arange(x.size(-2)) - torch.arange(x.size(-2))[:, None]
+    return scores.masked_fill((distance > 0) | (distance <= -window), float("-inf")).softmax(-1)
+
+
+def own_call(x: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(x, x, x, is_causal=True, scale=1.0)
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """A model that calls SDPA itself has `DTensor`s there, within `context_parallel`: PyTorch does the rest."""
+
+    def run(self) -> None:
+        mesh = init_device_mesh("cpu", (WORLD,))
+        whole = torch.randn(2, 4, LENGTH, 8, generator=torch.Generator().manual_seed(0))
+        x = whole.clone()
+        function = attn_rewriter.optimize(own_call, compiler="aot_eager")
+        with context_parallel(mesh, buffers=[x], buffer_seq_dims=[2]):
+            (found,) = context_parallel_unshard(mesh, [function(x)], [2])
+        torch.testing.assert_close(found, own_call(whole))
+        (site,) = attn_rewriter.report_of(function).sites
+        assert site.kernel is None and "DTensors" in site.reasons[0], site
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """So has a model that is handed `DTensor`s, in eager code as well."""
+
+    def run(self) -> None:
+        mesh = init_device_mesh("cpu", (WORLD,))
+        whole = torch.randn(2, 4, LENGTH, 8, generator=torch.Generator().manual_seed(0))
+        function = attn_rewriter.optimize(lambda x: (x @ x.mT).softmax(-1) @ x, compiler="aot_eager")
+        for placement in (Shard(0), Shard(1), Replicate()):
+            found = function(distribute_tensor(whole, mesh, [placement]))
+            torch.testing.assert_close(found.full_tensor(), (whole @ whole.mT).softmax(-1) @ whole)
+        report = attn_rewriter.report_of(function)
+        assert report.n_sites and all("DTensors" in site.reasons[0] for site in report.sites), report
+
+
+PARTS = [
+    Parts("plain"),
+    Parts("plain", compiler="eager", balanced=False),
+    Parts("plain", compiler="inductor"),
+    Parts("plain", compiler="eager", sharded=True),
+    Parts("llama"),
+    NotInParts("window", lambda x: causal(x, 3) @ x, "sliding window"),
+    NotInParts("dropout", lambda x: F.dropout(causal(x), 0.5) @ x, "no dropout"),
+    NotInParts("other keys", lambda x: (x @ x[:, :, 1:].mT).softmax(-1) @ x[:, :, 1:], "as many queries as keys"),
+    NotInParts("bias", lambda x: (x @ x.mT + x.sum(-1, keepdim=True)).softmax(-1) @ x, "bias"),
+    LeftAlone(),
+    Distributed(),
+]
+
+
+def ring_on_cpu() -> None:
+    """PyTorch's ring takes CUDA's operators alone (`custom_ops` of its module, torch 2.13): here it takes the CPU's
+    too, which give and need the same, its output and logsumexp."""
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    implementation = sys.modules[context_parallel_unshard.__module__]
+
+    def handler(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        first = next(x for x in args if isinstance(x, DTensor))
+        mesh, scale = first.device_mesh, kwargs.get("scale")
+        given = [x.to_local() if isinstance(x, DTensor) else x for x in args]
+        if operator is forward:
+            query, key, value, dropout_p, is_causal = (*given, *(0.0, False)[len(given) - 3 :])
+            found = implementation._templated_ring_attention(
+                mesh.get_group(), 2, forward, query, key, value, is_causal, dropout_p=dropout_p, scale=scale
+            )
+        else:
+            gradient, query, key, value, output, logsumexp, dropout_p, is_causal = given[:8]
+            found = implementation._templated_ring_attention_backward(
+                mesh.get_group(),
+                2,
+                lambda query, key, value, **rest: backward(
+                    *(rest["grad_out"], query, key, value, rest["out"], rest["logsumexp"]),
+                    *(rest["dropout_p"], rest["is_causal"]),
+                    scale=rest["scale"],
+                ),
+                *(gradient, "grad_out", query, key, value, output, logsumexp, is_causal),
+                dropout_p=dropout_p,
+                scale=scale,
+            )
+        return tuple(DTensor.from_local(x, mesh, first.placements, run_check=False) for x in found)
+
+    implementation.custom_ops.update({forward: handler, backward: handler})
+
 
 # --------------------------------------------------------------------------------------- processes
 
 SCRATCH = Path()
 
 
-def process(rank: int, folder: Path, cases: list[Any]) -> None:
-    """One of the two: run all cases, and write what went wrong."""
+def process(rank: int, folder: Path, table: str) -> None:
+    """One of the two: run all cases of a table, and write what went wrong."""
     global SCRATCH
     SCRATCH = folder
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", f"file://{folder / 'store'}", timedelta(seconds=60), world_size=WORLD, rank=rank
-    )
+    warnings.simplefilter("ignore")
+    ring_on_cpu()
+    dist.init_process_group("gloo", f"file://{folder / 'store'}", timedelta(seconds=60), world_size=WORLD, rank=rank)
     failures: dict[str, str] = {}
-    for case in cases:
-        import time
-        t = time.time()
+    for case in globals()[table]:
+        torch._dynamo.reset()
         try:
             case.run()
         except Exception:
-            failures[str(case)] = traceback.format_exc(limit=-4)
-        if rank == 0:
-            print("TIME", case, time.time() - t, flush=True)
+            failures[str(case)] = traceback.format_exc(limit=-6)
     (folder / f"{rank}.json").write_text(json.dumps(failures))
     dist.destroy_process_group()
