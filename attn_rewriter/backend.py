@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from attn_rewriter.buffers import Buffers, note
 from attn_rewriter.caches import keep_in_place
+from attn_rewriter.context_parallel import ring
 from attn_rewriter.device import Device
 from attn_rewriter.handed_on import handed_on
 from attn_rewriter.options import Options
@@ -41,6 +42,10 @@ class Backend:
         return Report.joined(self._reports)
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+        if ring() is not None:
+            # Where Dynamo gives up, after too many compilations or an error, it runs the model as it is: here wrongly.
+            torch._dynamo.config.fail_on_recompile_limit_hit = True
+            torch._dynamo.config.suppress_errors = False
         with Buffers(gm, example_inputs) as buffers:
             masks = handed_on(gm)
             compiled = self._rewritten(gm, example_inputs, **kwargs)
