@@ -13,9 +13,10 @@ from attn_rewriter.buffers import Buffers, note
 from attn_rewriter.caches import keep_in_place
 from attn_rewriter.context_parallel import ring
 from attn_rewriter.device import Device
+from attn_rewriter.errors import RewriteError
 from attn_rewriter.handed_on import handed_on
 from attn_rewriter.options import Options
-from attn_rewriter.pipeline import Settings, rewrite
+from attn_rewriter.pipeline import Settings, log, rewrite
 from attn_rewriter.report import Report
 
 
@@ -47,12 +48,26 @@ class Backend:
             torch._dynamo.config.fail_on_recompile_limit_hit = True
             torch._dynamo.config.suppress_errors = False
         with Buffers(gm, example_inputs) as buffers:
-            masks = handed_on(gm)
+            masks = self._handed_on(gm)
             compiled = self._rewritten(gm, example_inputs, **kwargs)
-        if self._reports[-1].n_sites:
+        compiled = noting(masks, compiled) if masks else compiled
+        if masks or self._reports[-1].n_sites:
             # Traced once more, so that Dynamo's own guards watch over whatever its compilation takes for granted.
-            compiled = buffers.guarded(compiled, lambda original: torch.compile(original, backend=self._rewritten))
-        return noting(masks, compiled) if masks else compiled
+            compiled = buffers.guarded(
+                compiled,
+                lambda original: torch.compile(original, backend=self),
+                lambda original: torch.compile(original, backend=self._rewritten),
+            )
+        return compiled
+
+    def _handed_on(self, gm: GraphModule) -> dict[int, Any]:
+        try:
+            return handed_on(gm)
+        except Exception as error:
+            if self.settings.strict:
+                raise RewriteError(f"could not read the masks that a graph hands on: {error}") from error
+            log.debug("internal error while masks were read", exc_info=error)
+            return {}
 
     def _rewritten(self, gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
         if self._records:

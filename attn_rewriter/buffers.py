@@ -32,6 +32,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from attn_rewriter.context_parallel import Ring, ring
 from attn_rewriter.errors import RewriteError
 
+Compiled = Callable[..., Any]
+Recompile = Callable[[GraphModule], Compiled]
+
 _KEY = "attn_rewriter_buffer"
 _RETRIES = 8
 """How many times a buffer may turn out to say something else before it is not looked at any more: to look at a tensor
@@ -192,26 +195,26 @@ class Buffers:
             self._inputs[i].meta.pop(_KEY, None)
         self._inputs.clear()
 
-    def guarded(
-        self, compiled: Callable[..., Any], compile_original: Callable[[GraphModule], Callable[..., Any]]
-    ) -> Callable[..., Any]:
-        """A call of `compiled` where all that was read still holds, and of the original graph where it does not."""
+    def guarded(self, compiled: Compiled, compile_elsewhere: Recompile, compile_original: Recompile) -> Compiled:
+        """A call of `compiled` where all that was read still holds. Within another ring, or none, the original graph is
+        compiled there; where an input holds something else, it is compiled without reading it."""
         original, here = self.original, self._ring
         trusted = [(i, buffer) for i, buffer in self._buffers.items() if buffer.is_read]
-        general: dict[Ring | None, Callable[..., Any]] = {}
+        others: dict[Ring | None, Compiled] = {}
 
         def call(*args: Any) -> Any:
             around = ring()
             if around == here and all(buffer.holds(args[i]) for i, buffer in trusted):
                 return compiled(*args)
-            if around not in general:
+            if around not in others:
                 if original is None:
                     raise RewriteError(
                         "this was compiled before torch.distributed was initialised, and is called within "
                         "context_parallel(): call torch.compiler.reset() before"
                     )
-                general[around] = compile_original(_copied(original))  # whose code Dynamo takes for another's
-            return general[around](*args)
+                again = compile_original if around == here else compile_elsewhere
+                others[around] = again(_copied(original))  # Dynamo would take the same code for compiled already
+            return others[around](*args)
 
         return call
 

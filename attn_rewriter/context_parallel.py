@@ -37,4 +37,4 @@ def ring() -> Ring | None:
     if not module.startswith("torch.distributed.tensor.experimental."):
         return None
     held = dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in function.__closure__)))
-    return Ring(held["device_mesh"], repr(sys.modules[module]._cp_options))  # type: ignore[attr-defined]
+    return Ring(held["device_mesh"], repr(sys.modules[module]._cp_options))

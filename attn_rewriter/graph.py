@@ -579,7 +579,7 @@ def _same_view(a: Node, b: Node) -> bool:
 # Where a node comes from, in the words of the user's model
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in ')
-_ROOT = re.compile(r"^L\['\w+'\](?:\.(?:__self__|fn|_orig_mod)\b)*\.?")
+_ROOT = re.compile(r"^L\['\w+'\](?:\.(?:__self__|fn|_orig_mod|_old_forward)\b)*\.?")
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 

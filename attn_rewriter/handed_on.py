@@ -9,7 +9,7 @@ outside, and those that are masks but vary with what only the run knows.
 from __future__ import annotations
 
 from types import NoneType
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch.fx import Graph, GraphModule, Node
 
@@ -62,10 +62,14 @@ def _banded(value: Value) -> Any:
         value = Where(value, Index(True), Index(False))
     if not isinstance(value, Where) or value.condition in (EVERY_KEY, NO_KEY):
         return None
-    values = (value.then, value.otherwise)
-    if not all(isinstance(x, Index) and not x.terms and isinstance(x.offset, (bool, int, float)) for x in values):
+    inside, outside = value.then, value.otherwise
+    if not (_is_number(inside) and _is_number(outside)):
         return None
     band = value.condition
     if not isinstance(band, Band) or not all(isinstance(side, (int, NoneType)) for side in (band.lower, band.upper)):
         return UNPROVED
-    return Contents(*(x.offset for x in values), band.lower, band.upper)  # type: ignore[union-attr, arg-type]
+    return Contents(inside.offset, outside.offset, band.lower, band.upper)
+
+
+def _is_number(value: Value) -> TypeGuard[Index]:
+    return isinstance(value, Index) and not value.terms and isinstance(value.offset, (bool, int, float))

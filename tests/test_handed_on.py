@@ -128,6 +128,24 @@ def test_written_into(mask: Any) -> None:
     assert said(model)[:2] == ["causal"] * 2 and "causal" not in said(model)[2]
 
 
+def test_made_of_a_buffer() -> None:
+    """What is said of a mask holds for as long as what it was read from does."""
+
+    class Sliced(Model):
+        def __init__(self) -> None:
+            super().__init__(lambda positions: self.kept[: positions.size(-1), : positions.size(-1)], nothing)
+            self.register_buffer("kept", torch.ones(2 * N, 2 * N, dtype=torch.bool).tril())
+
+    torch._dynamo.reset()
+    model = attn_rewriter.optimize(Sliced(), compiler="eager", strict=True)
+    assert_right(model)
+    assert said(model) == ["causal"] * 2
+    model.kept.fill_(True)
+    assert_right(model)
+    model.kept = torch.ones(2 * N, 2 * N, dtype=torch.bool).triu()
+    assert_right(model)
+
+
 def test_another_mask() -> None:
     """Documents where there was one sequence, and one again; the other way round it stays a tensor."""
     model = optimized(by_position, nothing)

@@ -132,11 +132,12 @@ def measure(rank: int, world: int, store: str, column: Column, row: str, how: Se
         raise KernelUnavailable("its attention would see the keys of its own process alone")
     if column.engine == "cp" and how.device == "cpu":
         raise KernelUnavailable("context_parallel() takes CUDA's operators alone")
+    from torch.distributed.device_mesh import init_device_mesh
     from transformers import AttentionInterface
 
     AttentionInterface.register("by_hand", llama.by_hand)
     join(rank, world, store, how.device)
-    mesh = dist.init_device_mesh(how.device, (world,))
+    mesh = init_device_mesh(how.device, (world,))
     model = models.build(how.sizes, how.device, how.dtype, "by_hand" if row == "hand" else "eager")
     wrap(model, column.engine, mesh)
     models.compile_in_place(model, row == "rewritten", how.compiler)
@@ -159,7 +160,7 @@ def wrap(model: Any, engine: str, mesh: Any) -> None:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
     if engine == "tp":
-        across = {f"self_attn.{x}_proj": ColwiseParallel() for x in "qkv"}
+        across: dict[str, Any] = {f"self_attn.{x}_proj": ColwiseParallel() for x in "qkv"}
         across |= {f"mlp.{x}_proj": ColwiseParallel() for x in ("gate", "up")}
         back = {"self_attn.o_proj": RowwiseParallel(), "mlp.down_proj": RowwiseParallel()}
         for layer in model.model.layers:
@@ -286,7 +287,7 @@ class Group:
 def rows(results: Results) -> Iterator[list[str]]:
     """One for each cell that was measured."""
     for column, cells in results.data["cells"].items():
-        base = next((cells[row] for row in ROWS if "ms" in cells.get(row, {})), {})
+        base: Cell = next((cells[row] for row in ROWS if "ms" in cells.get(row, {})), {})
         for row in ROWS:
             cell = cells.get(row, {})
             if "ms" in cell:

@@ -52,9 +52,9 @@ def together(workers: Sequence[Worker], *task: object) -> list[Cell]:
     for worker in workers:
         with suppress(OSError):  # receive() says what happened
             worker.connection.send(task)
-    cells: dict[Any, Cell] = {}
+    cells: dict[Worker, Cell] = {}
     until = time.monotonic() + LIMIT
-    busy = {worker.connection: worker for worker in workers}
+    busy: dict[Any, Worker] = {worker.connection: worker for worker in workers}
     while busy and (ready := wait([*busy], max(0.0, until - time.monotonic()))):
         for connection in ready:
             worker = busy.pop(connection)

@@ -65,6 +65,7 @@ class Kernel:
     compute in `limits` and `refusals`, and computes it in `attend`, which is plain PyTorch: the emitter runs it on
     stand-ins to put its operations into the graph, the tests run it on tensors. So it must not look at the contents
     of tensors, and takes sizes and types from `shapes`. Optional packages are imported in `attend` alone.
+    One that attends to the keys of all processes within `context_parallel()` says `goes_round`.
     """
 
     name: str

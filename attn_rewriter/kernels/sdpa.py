@@ -122,12 +122,12 @@ class AroundTheRing(AsNode):
     enable_gqa: bool = False
     __name__ = "around_the_ring"
 
-    def run(self, *tensors: torch.Tensor) -> torch.Tensor:
-        return F.scaled_dot_product_attention(*tensors, **vars(self))
+    def run(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(query, key, value, **vars(self))
 
-    def fake(self, *tensors: torch.Tensor) -> torch.Tensor:
+    def fake(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """The same for one process: of the same shape."""
-        return scaled_dot_product_attention(*tensors, **vars(self))
+        return scaled_dot_product_attention(query, key, value, **vars(self))
 
 
 def _with_sinks(
