@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import count
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -95,14 +95,16 @@ def calling(model: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def report_of(model: Any) -> Report:
-    """What was rewritten in the graphs that `optimize(model)` has compiled so far.
+    """What was rewritten in the graphs that `optimize(model)` has compiled so far; of a model with optimised modules
+    in it, as within `DistributedDataParallel`, of all of them.
 
-    Raises `ValueError` where `model` did not come from `optimize`.
+    Raises `ValueError` where there is nothing that came from `optimize`.
     """
-    try:
-        return _backends[model].report
-    except (KeyError, TypeError):
-        raise ValueError("report_of takes a model that optimize() returned") from None
+    parts = model.modules() if isinstance(model, nn.Module) else [model]
+    backends = [_backends[part] for part in parts if isinstance(part, Hashable) and part in _backends]
+    if not backends:
+        raise ValueError("report_of takes a model that optimize() returned, or one around it")
+    return Report.joined(backend.report for backend in backends)
 
 
 def explain(

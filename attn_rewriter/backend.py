@@ -12,10 +12,12 @@ import torch
 from torch._dynamo.exc import ShortenTraceback, TorchDynamoException
 from torch.fx import GraphModule
 
-from attn_rewriter.buffers import Buffers, copied
+from attn_rewriter.buffers import Buffers, copied, note
 from attn_rewriter.choose import requested
+from attn_rewriter.context_parallel import ring
 from attn_rewriter.device import Device
-from attn_rewriter.errors import is_out_of_memory
+from attn_rewriter.errors import RewriteError, is_out_of_memory
+from attn_rewriter.handed_on import handed_on
 from attn_rewriter.options import Options
 from attn_rewriter.pipeline import Checks, Settings, rewrite
 from attn_rewriter.report import Report
@@ -69,20 +71,40 @@ class Backend:
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
         original = copied(gm) if self._looks or self.options.verify == "always" else gm
+        if ring() is not None:
+            # Where Dynamo gives up, after too many compilations or an error, it runs the model as it is: here wrongly.
+            torch._dynamo.config.fail_on_recompile_limit_hit = True
+            torch._dynamo.config.suppress_errors = False
         with Buffers(gm, example_inputs) as buffers:
+            masks = self._handed_on(gm)
             compiled = self._rewritten(gm, example_inputs, **kwargs)
         if self._looks:
             return original.forward
-        # Traced once more, so that Dynamo's own guards watch over whatever its compilation takes for granted.
-        compiled = buffers.guarded(compiled, lambda original: torch.compile(original, backend=self._rewritten))
+        compiled = noting(masks, compiled) if masks else compiled
+        if masks or self._reports[-1].n_sites:
+            # Traced once more, so that Dynamo's own guards watch over whatever its compilation takes for granted.
+            compiled = buffers.guarded(
+                compiled,
+                lambda original: torch.compile(original, backend=self),
+                lambda original: torch.compile(original, backend=self._rewritten),
+            )
         return self._watched(compiled, original) if self.options.verify == "always" else compiled
+
+    def _handed_on(self, gm: GraphModule) -> dict[int, Any]:
+        try:
+            return handed_on(gm)
+        except Exception as error:
+            if self.settings.strict:
+                raise RewriteError(f"could not read the masks that a graph hands on: {error}") from error
+            log.debug("internal error while masks were read", exc_info=error)
+            return {}
 
     def _rewritten(
         self, gm: GraphModule, example_inputs: Sequence[Any], checks: Checks | None = None, **kwargs: Any
     ) -> Callable[..., Any]:
-        if checks is None and self.options.verify:
+        if checks is None and self.options.verify and ring() is None:  # whose keys are not here
             checks = verify(gm, example_inputs, self.settings)
-        falls_back = not self.settings.strict and requested(self.settings.kernel) is None and not self._looks
+        falls_back = not (self.settings.strict or self._looks or requested(self.settings.kernel) or ring())
         original = copied(gm) if falls_back else gm
         report = rewrite(gm, self.settings, checks)
         self._reports.append(report)
@@ -110,7 +132,7 @@ class Backend:
 
         def call(*args: Any) -> Any:
             nonlocal compiled, first
-            checks = {} if first else verify(original, args, self.settings, without=bad)
+            checks = {} if first or ring() else verify(original, args, self.settings, without=bad)
             first = False
             if failed := {number: check for number, check in checks.items() if check.verdict}:
                 bad.update(failed)
@@ -130,6 +152,18 @@ def _is_a_failure(error: Exception) -> bool:
     """Whether another graph may do better: not for want of memory, nor where Dynamo is told to go another way."""
     told = isinstance(error, TorchDynamoException) and not isinstance(error, ShortenTraceback)
     return not told and not is_out_of_memory(error)
+
+
+def noting(masks: Mapping[int, Any], compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """A call that says of the masks among its outputs what they hold."""
+
+    def call(*args: Any) -> Any:
+        outputs = compiled(*args)
+        for i, held in masks.items():
+            note(outputs[i], held)
+        return outputs
+
+    return call
 
 
 def _compiler(options: Options) -> Callable[..., Any]:

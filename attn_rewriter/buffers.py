@@ -1,9 +1,17 @@
-"""Registered buffers that are read by value, and what makes that sound.
+"""What a compiled graph takes for granted of its inputs, and what makes that sound.
 
 Models of the GPT-2 era register their causal mask as a buffer. What it holds is known when a graph is compiled, but
 not that it stays so. So every call of a graph that was rewritten by a buffer's contents checks that it still has the
 very tensor that was read, at the version it had then; another tensor, or another version, is read again and must say
 the same. Where it does not, the graph as it was before is compiled and called instead.
+
+A mask that another graph made is known by what was proved there (`handed_on.py`), which every call of that graph notes
+about the very tensor that it returns, at its version. Here too every call checks that it was handed such a tensor.
+Where nothing was proved but that it is a mask, as one that depends on the positions that a model is given, it is read
+as buffers are, once for each mask: the layers of a model share one.
+
+And what was rewritten within `context_parallel()` computes nothing else outside of it, nor the other way round: a call
+from elsewhere compiles the graph as it was before, there.
 
 A version counts every write that PyTorch sees. It does not see what is written through `buffer.data`, or through
 memory that a tensor shares with something else (NumPy, another process): after such a write, call
@@ -20,6 +28,12 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 from torch.utils.weak import WeakIdKeyDictionary
+
+from attn_rewriter.context_parallel import Ring, ring
+from attn_rewriter.errors import RewriteError
+
+Compiled = Callable[..., Any]
+Recompile = Callable[[GraphModule], Compiled]
 
 _KEY = "attn_rewriter_buffer"
 _RETRIES = 8
@@ -38,14 +52,15 @@ class Contents:
 
 
 def contents(tensor: torch.Tensor) -> Contents | None:
-    """What a tensor holds, if it is one number or a banded matrix."""
+    """What a tensor holds, if it is one number or a banded matrix, or a batch of the same one."""
     if type(tensor) is not torch.Tensor or tensor.layout != torch.strided or tensor.is_meta or tensor.numel() == 0:
         return None
-    *leading, rows, columns = (1, 1, *tensor.shape)
-    if tensor.is_complex() or tensor.is_quantized or any(n != 1 for n in leading):
+    if tensor.is_complex() or tensor.is_quantized:
         return None
     with torch.no_grad():
-        matrix = tensor.reshape(rows, columns)
+        matrix = tensor.reshape(-1, *(1, 1, *tensor.shape)[-2:])[0]
+        if matrix.numel() != tensor.numel() and not torch.equal(tensor, matrix.expand_as(tensor)):
+            return None
         if not torch.equal(matrix[1:, 1:], matrix[:-1, :-1]):
             return None
         diagonals = torch.cat([matrix[:, 0].flip(0), matrix[0, 1:]])  # from the lower left to the upper right
@@ -53,7 +68,7 @@ def contents(tensor: torch.Tensor) -> Contents | None:
         values = [diagonals[0].item(), *(diagonals[i + 1].item() for i in starts)]
     if any(value != value for value in values):
         return None
-    ends = [i - (rows - 1) for i in starts]
+    ends = [i - (matrix.size(0) - 1) for i in starts]
     if not ends:
         return Contents(values[0])
     if len(ends) == 1:
@@ -109,18 +124,61 @@ def _mark(tensor: Any) -> tuple[Any, ...] | None:
     return tensor._version, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
+UNPROVED = object()
+"""What is said of a mask that has to be looked at."""
+
+_known: Any = WeakIdKeyDictionary()
+
+
+def note(tensor: torch.Tensor, held: Any) -> None:
+    """Say what a mask holds, as it is now: `Contents`, or `UNPROVED`."""
+    if not tensor.is_inference():
+        _known[tensor] = (tensor._version, held)
+
+
+def noted(tensor: Any) -> Any:
+    """What was said that a tensor holds, if nobody has written into it since; None where nothing was said."""
+    if not isinstance(tensor, torch.Tensor) or tensor.is_inference() or _is_wrapped(tensor):
+        return None
+    version, held = _known.get(tensor, (None, None))
+    return held if version == tensor._version else None
+
+
+class HandedOn:
+    """An input that another graph made, and what is known about it: as a `Buffer`, but for how it is known."""
+
+    def __init__(self, held: Contents, before_reading: Callable[[], None]) -> None:
+        self._contents = held
+        self._before_reading = before_reading
+        self.is_read = False
+
+    def read(self) -> Contents:
+        if not self.is_read:
+            self._before_reading()
+            self.is_read = True
+        return self._contents
+
+    def holds(self, tensor: Any) -> bool:
+        return noted(tensor) == self._contents
+
+
 class Buffers:
-    """The buffers among the inputs of a graph, which `buffer_of` finds while the graph is rewritten."""
+    """The buffers and the known masks among the inputs of a graph, which `buffer_of` finds while it is rewritten."""
 
     def __init__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> None:
         self.gm = gm
         self.original: GraphModule | None = None
+        self._ring = ring()
         self._inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
-        self._buffers = {
-            i: Buffer(given, self._keep_original)
-            for i, (node, given) in enumerate(zip(self._inputs, example_inputs))
-            if _is_buffer(node) and type(given) is torch.Tensor
-        }
+        self._buffers: dict[int, Buffer | HandedOn] = {}
+        for i, (node, given) in enumerate(zip(self._inputs, example_inputs)):
+            held = noted(given)
+            if isinstance(held, Contents):
+                self._buffers[i] = HandedOn(held, self._keep_original)
+            elif type(given) is torch.Tensor and (held is UNPROVED or _is_buffer(node)):
+                self._buffers[i] = Buffer(given, self._keep_original)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self._keep_original()
 
     def _keep_original(self) -> None:
         """The graph, before the first site is rewritten by a buffer's contents."""
@@ -137,22 +195,26 @@ class Buffers:
             self._inputs[i].meta.pop(_KEY, None)
         self._inputs.clear()
 
-    def guarded(
-        self, compiled: Callable[..., Any], compile_original: Callable[[GraphModule], Callable[..., Any]]
-    ) -> Callable[..., Any]:
-        """A call of `compiled` where all buffers hold what was read, and of the original graph where they do not."""
-        original = self.original
-        if original is None:
-            return compiled
+    def guarded(self, compiled: Compiled, compile_elsewhere: Recompile, compile_original: Recompile) -> Compiled:
+        """A call of `compiled` where all that was read still holds. Within another ring, or none, the original graph is
+        compiled there; where an input holds something else, it is compiled without reading it."""
+        original, here = self.original, self._ring
         trusted = [(i, buffer) for i, buffer in self._buffers.items() if buffer.is_read]
-        general: list[Callable[..., Any]] = []
+        others: dict[Ring | None, Compiled] = {}
 
         def call(*args: Any) -> Any:
-            if all(buffer.holds(args[i]) for i, buffer in trusted):
+            around = ring()
+            if around == here and all(buffer.holds(args[i]) for i, buffer in trusted):
                 return compiled(*args)
-            if not general:
-                general.append(compile_original(original))
-            return general[0](*args)
+            if around not in others:
+                if original is None:
+                    raise RewriteError(
+                        "this was compiled before torch.distributed was initialised, and is called within "
+                        "context_parallel(): call torch.compiler.reset() before"
+                    )
+                again = compile_original if around == here else compile_elsewhere
+                others[around] = again(copied(original))  # Dynamo would take the same code for compiled already
+            return others[around](*args)
 
         return call
 
@@ -163,8 +225,8 @@ def copied(gm: GraphModule) -> GraphModule:
     return copy.deepcopy(gm, {id(x): x for x in held if isinstance(x, torch.Tensor)})
 
 
-def buffer_of(node: Node) -> Buffer | None:
-    """The buffer that a graph's input stands for, if it may be read."""
+def buffer_of(node: Node) -> Buffer | HandedOn | None:
+    """The buffer or the mask that a graph's input stands for, if it may be read."""
     return node.meta.get(_KEY)
 
 

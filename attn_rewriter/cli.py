@@ -65,10 +65,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _add_benchmarks(bench: argparse.ArgumentParser) -> None:
-    from attn_rewriter.bench import attention, decode, families, generate, llama, masks  # which no other command needs
+    from attn_rewriter.bench import (  # which no other command needs
+        attention,
+        decode,
+        families,
+        generate,
+        llama,
+        masks,
+        parallel,
+    )
 
     benchmarks = bench.add_subparsers(dest="benchmark", required=True)
-    for module in (attention, masks, decode, llama, families, generate):
+    for module in (attention, masks, decode, llama, families, generate, parallel):
         name, about = module.__name__.rpartition(".")[2], module.__doc__ or ""
         parser = benchmarks.add_parser(
             name,

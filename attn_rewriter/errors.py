@@ -42,7 +42,8 @@ class KernelUnavailable(AttnRewriterError):
 
 
 class RewriteError(AttnRewriterError):
-    """`strict=True` and something unexpected happened at a site; the cause is chained."""
+    """A site must not stay as it is: with `strict=True` because something unexpected happened there (the cause is
+    chained), and within `context_parallel()` because it would be wrong."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

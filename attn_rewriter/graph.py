@@ -37,7 +37,7 @@ softmax(input, dim, half_to_float=False): ._softmax
 dropout(input, p=0.5, training=True, inplace=False): F.dropout
 dropout(input, p, train:training): torch.dropout .dropout
 scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, \
-enable_gqa=False): F.scaled_dot_product_attention .scaled_dot_product_attention
+enable_gqa=False): torch._C._nn.scaled_dot_product_attention .scaled_dot_product_attention
 multi_head_attention_forward(query, key, value, embed_dim_to_check, num_heads, in_proj_weight, in_proj_bias, bias_k, \
 bias_v, add_zero_attn, dropout_p, out_proj_weight, out_proj_bias, training=True, key_padding_mask=None, \
 need_weights=True, attn_mask=None, use_separate_proj_weight=False, q_proj_weight=None, k_proj_weight=None, \
@@ -579,7 +579,7 @@ def _same_view(a: Node, b: Node) -> bool:
 # Where a node comes from, in the words of the user's model
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in ')
-_ROOT = re.compile(r"^L\['\w+'\](?:\.(?:__self__|fn|_orig_mod)\b)*\.?")
+_ROOT = re.compile(r"^L\['\w+'\](?:\.(?:__self__|fn|_orig_mod|_old_forward)\b)*\.?")
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 

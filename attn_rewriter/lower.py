@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
+from attn_rewriter.context_parallel import scaled_dot_product_attention
 from attn_rewriter.graph import Call, Facts, tensor
 from attn_rewriter.splice import Splice
 
@@ -76,7 +77,7 @@ def _attention(
     is_causal = args["is_causal"] and key_padding_mask is None and not args["need_weights"]
     mask = None if is_causal else _mask(args, attn_mask, key_padding_mask, splice.value(query).dtype)
     dropout_p = args["dropout_p"] if args["training"] else 0.0
-    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal)
+    output = scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal)
     merged = output.permute(2, 0, 1, 3).flatten(2)
     return F.linear(merged if batched else merged.squeeze(1), args["out_proj_weight"], args["out_proj_bias"])
 

@@ -12,9 +12,11 @@ from itertools import count
 from typing import TypeVar
 
 from torch.fx import GraphModule
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from attn_rewriter.autotune import times
 from attn_rewriter.choose import Request, choose, requested
+from attn_rewriter.context_parallel import ring
 from attn_rewriter.describe import Description, describe
 from attn_rewriter.device import Device
 from attn_rewriter.distribute import distribute
@@ -62,6 +64,11 @@ def rewrite(gm: GraphModule, settings: Settings, checks: Checks | None = None) -
         for site in [*find(facts)]:
             found = plan(site, facts, settings, (checks or {}).get(len(sites)))
             report = _carried_out(found, facts, settings, random) if isinstance(found, Plan) else found
+            if _must_not_stay(report, site, settings):
+                raise RewriteError(
+                    "within context_parallel(), this attention would see the keys of its own process alone, and it "
+                    f"can't be rewritten: {report}"
+                )
             sites.append(_without_graph(report))
         share(facts)
         owner = facts.graph.owning_module
@@ -91,6 +98,16 @@ def graphs(gm: GraphModule, settings: Settings) -> Iterator[Facts]:
 def _without_graph(site: SiteReport) -> SiteReport:
     """A report outlives the graph, and is copied and pickled with a compiled model."""
     return replace(site, refusals=tuple(replace(refusal, node=None) for refusal in site.refusals))
+
+
+def _must_not_stay(report: SiteReport, site: Site, settings: Settings) -> bool:
+    """Whether the model's own code would be wrong."""
+    return report.kernel is None and not settings.dry and ring() is not None and not _is_wrapped(site)
+
+
+def _is_wrapped(site: Site) -> bool:
+    """Whether a site's tensors are of a class that says itself what operations do, as `DTensor` and `NestedTensor`."""
+    return is_traceable_wrapper_subclass(tensor(site.output))
 
 
 @dataclass(frozen=True)
@@ -139,6 +156,9 @@ def _planned(
     if site.kind == "mha":
         reason = obstacle(site.anchor, site.call) or "it could not be opened"
         return replace(unread, refusals=(Refusal("lower", reason, site.anchor),))
+    if _is_wrapped(site):
+        reason = f"its tensors are {type(tensor(site.output)).__name__}s, which fused kernels don't take"
+        return replace(unread, refusals=(Refusal("find", reason, site.anchor),))
     found = site.refusal or describe(site, facts)
     if isinstance(found, Refusal):
         return replace(unread, refusals=(found,))
@@ -146,7 +166,7 @@ def _planned(
     assert output is not None
     device = settings.device or Device.of(output.device)
     automatic = requested(settings.kernel) is None
-    tuned = settings.autotune and not settings.dry and automatic
+    tuned = settings.autotune and not settings.dry and automatic and ring() is None
     timed = times(found, device, inductor=settings.inductor) if tuned else {}
     choice = choose(
         found.spec, found.shapes, device, settings.kernel, inductor=settings.inductor, preferred=tuple(timed)

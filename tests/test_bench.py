@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import torch.nn.functional as F
 
 from attn_rewriter import Device
 from attn_rewriter import measured as measured_tables
-from attn_rewriter.bench import attention, decode, generate, llama, masks, run
+from attn_rewriter.bench import attention, decode, generate, llama, masks, parallel, run
 from attn_rewriter.bench.measure import OUT_OF_MEMORY, Results, attempt, rich_table
 from attn_rewriter.cli import main
 from attn_rewriter.errors import KernelUnavailable
@@ -195,6 +197,36 @@ def test_families(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert measured["rewritten"]["fused"] == measured["rewritten"]["sites"] == 6
     assert max(cell["off_by"] for cell in measured.values()) < 1e-5
     assert "| 6/6: sdpa 6 |" in capsys.readouterr().out
+
+
+def test_parallel(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "parallel.json"
+    command = ["bench", "parallel", *TINY, "--compiler", "eager", "--json", str(file), "--markdown"]
+    command += ["--columns", "fsdp-train-2x32", "cp-train-2x32"]
+    assert main(command) == 0
+    measured = cells(file)
+    eager, rewritten = (measured["fsdp-train-2x32"][row] for row in ("eager", "rewritten"))
+    assert rewritten["fused"] == rewritten["sites"] > 0 and abs(rewritten["answer"] / eager["answer"] - 1) < 1e-5
+    refused = {row: cell["refused"] for row, cell in measured["cp-train-2x32"].items()}
+    assert "own process alone" in refused["eager"] and "CUDA" in refused["rewritten"]
+    monkeypatch.setattr(run, "attempt", never)
+    capsys.readouterr()
+    assert main(command[:-1]) == 0
+    assert "fsdp-train-2x32: rewritten" in capsys.readouterr().out
+
+
+def test_longest(tmp_path: Path) -> None:
+    """What is longer than what ran out of memory is not tried."""
+    column = parallel.Column.parse("cp-train-1x1024")
+    assert [str(c) for c in parallel.doubled([column], 4096)] == [f"cp-train-1x{n}" for n in (1024, 2048, 4096)]
+    results = Results(tmp_path / "results.json")
+    results.put(str(column), "rewritten", {"ms": 1.0})
+    results.put("cp-train-1x2048", "rewritten", {"failed": OUT_OF_MEMORY})
+    group = parallel.Group(2, results)
+    assert group.measure(replace(column, tokens=4096), "rewritten", None) == {"failed": OUT_OF_MEMORY}  # type: ignore[arg-type]
+    assert [*parallel.longest(results)] == [["cp-train, batch 1", "rewritten", "1024"]]
+    with pytest.raises(argparse.ArgumentTypeError, match="is not like"):
+        parallel.Column.parse("pp-train-1x8")
 
 
 @pytest.mark.parametrize(

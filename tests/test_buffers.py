@@ -365,6 +365,7 @@ def test_inductor() -> None:
         (torch.tensor(-1e9), -1e9, None, None, None),
         (torch.ones(3, 5).tril(1), 1.0, 0.0, None, 1),
         (torch.ones(5, 3).triu(-2), 0.0, 1.0, None, -3),
+        (torch.ones(2, 3, 3).tril(), 1.0, 0.0, None, 0),
         (torch.ones(4, 4, dtype=torch.bool).tril(1).triu(-1)[None, None], True, False, -1, 1),
     ],
 )
@@ -378,7 +379,7 @@ def test_contents(matrix: Tensor, inside: Any, outside: Any, lower: int | None, 
     "matrix",
     [
         torch.eye(3) + torch.ones(3, 3).tril(),
-        torch.ones(2, 3, 3).tril(),
+        torch.stack([torch.ones(3, 3).tril(), torch.ones(3, 3)]),
         torch.full((3, 3), float("nan")),
         torch.tensor(float("nan")),
         torch.ones(3, 3).tril().index_put((torch.tensor(2), torch.tensor(1)), torch.tensor(0.0)),

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -40,10 +39,10 @@ from torch import Tensor, nn
 
 from attn_rewriter.api import report_of
 from attn_rewriter.bench import models, run
-from attn_rewriter.bench.measure import Cell, Results, attempt, time_step
+from attn_rewriter.bench.measure import Cell, Results, time_step
+from attn_rewriter.bench.processes import Worker
 
 VOCABULARY = 1024
-LIMIT = 300.0  # seconds for a cell, its compilation included
 
 
 @dataclass(frozen=True)
@@ -341,46 +340,6 @@ def differences(answer: dict[str, Tensor], truth: dict[str, Tensor] | None) -> C
 # ---------------------------------------------------------------------------------------- processes
 
 
-class Worker:
-    """A process that measures one cell after another. It begins with its imports, before there is anything to do."""
-
-    def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs,))
-        self.process.start()
-        theirs.close()
-
-    def measure(self, *task: object) -> Cell:
-        """The cell, or why there is none."""
-        try:
-            self.connection.send(task)
-            if self.connection.poll(LIMIT):
-                return self.connection.recv()
-        except (EOFError, OSError):
-            self.process.join(10)
-            return {"failed": f"the process ended with exit code {self.process.exitcode}"}
-        return {"failed": f"no answer within {LIMIT:.0f} s"}
-
-    def close(self) -> None:
-        """End the process, busy or not, and free its memory."""
-        self.connection.close()
-        self.process.join(5)
-        self.process.kill()
-        self.process.join()
-
-
-def serve(connection: Any) -> None:
-    """A worker's side: answer tasks until the other end is closed."""
-    import transformers  # noqa: F401
-
-    try:
-        while True:
-            connection.send(attempt(measure, *connection.recv()))
-    except (EOFError, OSError):
-        pass
-
-
 class Workers:
     """A worker for each family, or for less if a cell fails; the next one imports meanwhile."""
 
@@ -394,11 +353,11 @@ class Workers:
         """The cell, or why there is none. All of a family's cells come one after another."""
         if family != self.family:
             self.retire()
-        self.busy, self.family = self.busy or self.next or Worker(), family
+        self.busy, self.family = self.busy or self.next or Worker(measure), family
         if self.busy is self.next:
             self.next = None
         if self.next is None and family != self.last:
-            self.next = Worker()
+            self.next = Worker(measure)
         cell = self.busy.measure(family, *task)
         if "failed" in cell:
             self.retire()

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from attn_rewriter.context_parallel import ring
 from attn_rewriter.device import Device
 from attn_rewriter.spec import AttentionSpec, Shapes, Size
 
@@ -65,11 +66,13 @@ class Kernel:
     compute in `limits` and `refusals`, and computes it in `attend`, which is plain PyTorch: the emitter runs it on
     stand-ins to put its operations into the graph, the tests run it on tensors. So it must not look at the contents
     of tensors, and takes sizes and types from `shapes`. Optional packages are imported in `attend` alone.
+    One that attends to the keys of all processes within `context_parallel()` says `goes_round`.
     """
 
     name: str
     limits: ClassVar[Limits] = Limits()
     needs_inductor: ClassVar[bool] = False
+    goes_round: ClassVar[bool] = False
     falls_back: bool = False
 
     def with_fallback(self) -> Kernel:
@@ -81,6 +84,8 @@ class Kernel:
     def refusals(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> list[str]:
         """Why this kernel cannot compute `spec`, a sentence each; empty means that it can."""
         reasons = self.limits.refusals(shapes, device)
+        if ring() is not None and not self.goes_round:
+            reasons.append("sees no keys of other processes, as within context_parallel()")
         if shapes.is_gqa and not isinstance(shapes.num_groups, int):
             reasons.append("the number of heads that share a key is not known")
         return reasons

@@ -6,15 +6,18 @@ PyTorch then takes cuDNN, flash, memory-efficient or plain attention by its own 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from attn_rewriter.context_parallel import ring, scaled_dot_product_attention
 from attn_rewriter.device import Device
 from attn_rewriter.kernels.base import Kernel, Limits, Tensors
+from attn_rewriter.kernels.blocks import AsNode
 from attn_rewriter.kernels.masking import keep_mask, scaled_query, sink_scores, summed_bias
-from attn_rewriter.spec import AttentionSpec, Band, Shapes
+from attn_rewriter.spec import AttentionSpec, Band, Shapes, same
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -24,11 +27,26 @@ class SDPA(Kernel):
 
     name = "sdpa"
     limits = Limits(max_blocks=2**16 - 1)  # pytorch#142228
+    goes_round = True
 
     def refusals(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> list[str]:
         form = spec.affine()
         reasons = super().refusals(spec, shapes, device)
-        return reasons + ([form] if isinstance(form, str) else self._too_large(spec, shapes, device))
+        reasons += [form] if isinstance(form, str) else self._too_large(spec, shapes, device)
+        return reasons + (self._local(spec, shapes) if ring() is not None else [])
+
+    @staticmethod
+    def _local(spec: AttentionSpec, shapes: Shapes) -> list[str]:
+        """What a part of a sequence says nothing about the whole of."""
+        reasons = []
+        if not spec.is_plain(shapes) or not same(shapes.q_len, shapes.kv_len):
+            reasons.append(
+                "context_parallel() takes the scores of as many queries as keys, scaled, with a causal mask or none, "
+                f"not {spec} at {shapes}"
+            )
+        if spec.dropout_p:  # its backward pass would draw the last part's random numbers for all parts
+            reasons.append("context_parallel() takes no dropout")
+        return reasons
 
     @staticmethod
     def _too_large(spec: AttentionSpec, shapes: Shapes, device: Device) -> list[str]:
@@ -71,7 +89,10 @@ class SDPA(Kernel):
             options["is_causal"] = True
         if shapes.is_gqa and not repeated:
             options["enable_gqa"] = True
-        output = F.scaled_dot_product_attention(query, key, value, **options)
+        if ring() is not None:
+            output = AroundTheRing(**options)(query, key, value)
+        else:
+            output = scaled_dot_product_attention(query, key, value, **options)
         if spec.zero_rows and keep is not None:
             output = torch.where(keep.any(-1, keepdim=True), output, 0.0)
         if shapes.needs_backward and self._may_be_cudnn(shapes, device):
@@ -89,6 +110,24 @@ class SDPA(Kernel):
     @staticmethod
     def _may_be_cudnn(shapes: Shapes, device: Device) -> bool:
         return device.type == "cuda" and (device.capability or (0, 0)) >= (9, 0) and shapes.dtype in _HALF
+
+
+@dataclass(frozen=True)
+class AroundTheRing(AsNode):
+    """Attention to the keys of all processes: what `context_parallel` has put in the place of PyTorch's function, also
+    where it was put there anew since."""
+
+    scale: float
+    is_causal: bool = False
+    enable_gqa: bool = False
+    __name__ = "around_the_ring"
+
+    def run(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(query, key, value, **vars(self))
+
+    def fake(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """The same for one process: of the same shape."""
+        return scaled_dot_product_attention(query, key, value, **vars(self))
 
 
 def _with_sinks(
