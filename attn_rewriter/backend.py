@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
-from attn_rewriter.buffers import Buffers
+from attn_rewriter.buffers import Buffers, forget
 from attn_rewriter.device import Device
 from attn_rewriter.options import Options
 from attn_rewriter.pipeline import Checks, Settings, rewrite
@@ -61,35 +62,54 @@ class Backend:
         return Report.joined(self._reports)
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
-        original = duplicate(gm) if self._looks or self.options.verify == "always" else gm
+        return self._guarded(gm, example_inputs, self._settings_for(gm), **kwargs)
+
+    def _settings_for(self, gm: GraphModule) -> Settings:
+        """After a graph break, what a graph returns is what the model goes on with: all weights are wanted."""
+        reason = getattr(gm, "compile_subgraph_reason", None)
+        is_whole = reason is None or not reason.graph_break
+        return self.settings if is_whole else replace(self.settings, keep_weights=None)
+
+    def _guarded(
+        self, gm: GraphModule, example_inputs: Sequence[Any], settings: Settings, **kwargs: Any
+    ) -> Callable[..., Any]:
+        always = self.options.verify == "always"
         with Buffers(gm, example_inputs) as buffers:
-            compiled = self._rewritten(gm, example_inputs, **kwargs)
+            original = duplicate(gm) if self._looks or always else gm
+            compiled = self._rewritten(gm, example_inputs, settings, **kwargs)
         if self._looks:
             return original.forward
+        compiled = self._watched(compiled, original, settings) if always else compiled
         # Traced once more, so that Dynamo's own guards watch over whatever its compilation takes for granted.
-        compiled = buffers.guarded(compiled, lambda original: torch.compile(original, backend=self._rewritten))
-        return self._watched(compiled, original) if self.options.verify == "always" else compiled
+        again = functools.partial(self._guarded, settings=settings)
+        return buffers.guarded(compiled, lambda original: torch.compile(original, backend=again))
 
     def _rewritten(
-        self, gm: GraphModule, example_inputs: Sequence[Any], checks: Checks | None = None, **kwargs: Any
+        self,
+        gm: GraphModule,
+        example_inputs: Sequence[Any],
+        settings: Settings,
+        checks: Checks | None = None,
+        **kwargs: Any,
     ) -> Callable[..., Any]:
         if checks is None and self.options.verify:
-            checks = verify(gm, example_inputs, self.settings)
-        self._reports.append(rewrite(gm, self.settings, checks))
+            checks = verify(gm, example_inputs, settings)
+        self._reports.append(rewrite(gm, settings, checks))
         return gm.forward if self._looks else self._compile(gm, example_inputs, **kwargs)
 
-    def _watched(self, compiled: Callable[..., Any], original: GraphModule) -> Callable[..., Any]:
+    def _watched(self, compiled: Callable[..., Any], original: GraphModule, settings: Settings) -> Callable[..., Any]:
         """A compiled graph whose sites are checked at each call after the first."""
         first = True
         bad: dict[int, Check] = {}
 
         def call(*args: Any) -> Any:
             nonlocal compiled, first
-            checks = {} if first else verify(original, args, self.settings, without=bad)
+            checks = {} if first else verify(original, args, settings, without=bad)
             first = False
             if failed := {number: check for number, check in checks.items() if check.verdict}:
                 bad.update(failed)
-                again = functools.partial(self._rewritten, checks=dict(bad))
+                forget(original)  # no buffer is read by value where it is traced again
+                again = functools.partial(self._rewritten, settings=settings, checks=dict(bad))
                 compiled = torch.compile(duplicate(original), backend=again)
             return compiled(*args)
 
