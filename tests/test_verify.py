@@ -279,6 +279,23 @@ def test_no_memory_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report.n_fused == 1 and not report.sites[0].verified
 
 
+def test_a_graph_that_runs_only_once() -> None:
+    """It is compiled all the same; what was checked until there, was checked."""
+    n_runs = 0
+
+    def once(x: Tensor) -> Tensor:
+        nonlocal n_runs
+        n_runs += not isinstance(x, torch._subclasses.FakeTensor)
+        if n_runs == 1:
+            raise torch.OutOfMemoryError("full")
+        return x
+
+    torch._dynamo.allow_in_graph(once)
+    with pytest.warns(UserWarning, match="can't verify a graph, .*: OutOfMemoryError: full"):
+        _, report = verified(lambda q, k, v: once(attention(q, k, v)), *draw())
+    assert report.n_fused == 1 and report.sites[0].verified
+
+
 def test_optimize_verifies() -> None:
     model = nn.MultiheadAttention(32, 4, batch_first=True)
     attn_rewriter.optimize(model, compiler="eager", verify=True)
