@@ -6,13 +6,14 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch._dynamo.exc import ShortenTraceback, TorchDynamoException
 from torch.fx import GraphModule
 
-from attn_rewriter.buffers import Buffers, copied, note
+from attn_rewriter.buffers import Buffers, copied, forget, note
 from attn_rewriter.choose import requested
 from attn_rewriter.context_parallel import ring
 from attn_rewriter.device import Device
@@ -70,25 +71,43 @@ class Backend:
         return Report.joined(self._reports)
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
-        original = copied(gm) if self._looks or self.options.verify == "always" else gm
+        return self._guarded(gm, example_inputs, self._settings_for(gm), **kwargs)
+
+    def _settings_for(self, gm: GraphModule) -> Settings:
+        """After a graph break, what a graph returns is what the model goes on with: all weights are wanted."""
+        reason = getattr(gm, "compile_subgraph_reason", None)
+        is_whole = reason is None or not reason.graph_break
+        return self.settings if is_whole else replace(self.settings, keep_weights=None)
+
+    def _guarded(
+        self, gm: GraphModule, example_inputs: Sequence[Any], settings: Settings, **kwargs: Any
+    ) -> Callable[..., Any]:
+        """A graph whose inputs are read by value where that is possible, and checked at each call."""
         if ring() is not None:
             # Where Dynamo gives up, after too many compilations or an error, it runs the model as it is: here wrongly.
             torch._dynamo.config.fail_on_recompile_limit_hit = True
             torch._dynamo.config.suppress_errors = False
+        original = copied(gm) if self._looks else gm
         with Buffers(gm, example_inputs) as buffers:
             masks = self._handed_on(gm)
-            compiled = self._rewritten(gm, example_inputs, **kwargs)
+            compiled = self._unguarded(gm, example_inputs, settings, **kwargs)
         if self._looks:
             return original.forward
         compiled = noting(masks, compiled) if masks else compiled
         if masks or self._reports[-1].n_sites:
             # Traced once more, so that Dynamo's own guards watch over whatever its compilation takes for granted.
-            compiled = buffers.guarded(
-                compiled,
-                lambda original: torch.compile(original, backend=self),
-                lambda original: torch.compile(original, backend=self._rewritten),
-            )
-        return self._watched(compiled, original) if self.options.verify == "always" else compiled
+            ways = (functools.partial(way, settings=settings) for way in (self._guarded, self._unguarded))
+            elsewhere, otherwise = (functools.partial(torch.compile, backend=way) for way in ways)
+            compiled = buffers.guarded(compiled, elsewhere, otherwise)
+        return compiled
+
+    def _unguarded(
+        self, gm: GraphModule, example_inputs: Sequence[Any], settings: Settings, **kwargs: Any
+    ) -> Callable[..., Any]:
+        if self.options.verify != "always":
+            return self._rewritten(gm, example_inputs, settings, **kwargs)
+        original = copied(gm)  # while its buffers are known
+        return self._watched(self._rewritten(gm, example_inputs, settings, **kwargs), original, settings)
 
     def _handed_on(self, gm: GraphModule) -> dict[int, Any]:
         try:
@@ -100,13 +119,18 @@ class Backend:
             return {}
 
     def _rewritten(
-        self, gm: GraphModule, example_inputs: Sequence[Any], checks: Checks | None = None, **kwargs: Any
+        self,
+        gm: GraphModule,
+        example_inputs: Sequence[Any],
+        settings: Settings,
+        checks: Checks | None = None,
+        **kwargs: Any,
     ) -> Callable[..., Any]:
         if checks is None and self.options.verify and ring() is None:  # whose keys are not here
-            checks = verify(gm, example_inputs, self.settings)
-        falls_back = not (self.settings.strict or self._looks or requested(self.settings.kernel) or ring())
+            checks = verify(gm, example_inputs, settings)
+        falls_back = not (settings.strict or self._looks or requested(settings.kernel) or ring())
         original = copied(gm) if falls_back else gm
-        report = rewrite(gm, self.settings, checks)
+        report = rewrite(gm, settings, checks)
         self._reports.append(report)
         if self._looks:
             return gm.forward
@@ -125,18 +149,19 @@ class Backend:
         )
         return torch.compile(original, backend=self._compile)  # traced once more: what failed may have left traces
 
-    def _watched(self, compiled: Callable[..., Any], original: GraphModule) -> Callable[..., Any]:
+    def _watched(self, compiled: Callable[..., Any], original: GraphModule, settings: Settings) -> Callable[..., Any]:
         """A compiled graph whose sites are checked at each call after the first."""
         first = True
         bad: dict[int, Check] = {}
 
         def call(*args: Any) -> Any:
             nonlocal compiled, first
-            checks = {} if first or ring() else verify(original, args, self.settings, without=bad)
+            checks = {} if first or ring() else verify(original, args, settings, without=bad)
             first = False
             if failed := {number: check for number, check in checks.items() if check.verdict}:
                 bad.update(failed)
-                again = functools.partial(self._rewritten, checks=dict(bad))
+                forget(original)  # no buffer is read by value where it is traced again
+                again = functools.partial(self._rewritten, settings=settings, checks=dict(bad))
                 compiled = torch.compile(copied(original), backend=again)
             return compiled(*args)
 

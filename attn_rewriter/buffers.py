@@ -191,8 +191,7 @@ class Buffers:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for i in self._buffers:
-            self._inputs[i].meta.pop(_KEY, None)
+        forget(self.gm)
         self._inputs.clear()
 
     def guarded(self, compiled: Compiled, compile_elsewhere: Recompile, compile_original: Recompile) -> Compiled:
@@ -228,6 +227,12 @@ def copied(gm: GraphModule) -> GraphModule:
 def buffer_of(node: Node) -> Buffer | HandedOn | None:
     """The buffer or the mask that a graph's input stands for, if it may be read."""
     return node.meta.get(_KEY)
+
+
+def forget(gm: GraphModule) -> None:
+    """Let a graph's inputs be read by value no more."""
+    for node in gm.graph.find_nodes(op="placeholder"):
+        node.meta.pop(_KEY, None)
 
 
 def _is_buffer(node: Node) -> bool:

@@ -196,6 +196,11 @@ _TRANSPARENT = {
 }
 
 
+def is_transparent(node: Node) -> bool:
+    """Whether a node calls a body once, on the last of its arguments; of two bodies, one."""
+    return _name(node) in _TRANSPARENT
+
+
 @dataclass(frozen=True)
 class Call:
     """An operation under its canonical name, with its arguments by parameter."""
@@ -374,6 +379,16 @@ def looks_at_shape_only(node: Node, value: Node) -> bool:
     )
 
 
+# Functions that write into arguments though their name does not say so: if one of their arguments, or its default, is
+# true, into which.
+_STATEFUL: dict[Any, tuple[str, bool, tuple[str, ...]]] = {
+    F.batch_norm: ("training", False, ("running_mean", "running_var")),
+    F.instance_norm: ("use_input_stats", True, ("running_mean", "running_var")),
+    F.embedding: ("max_norm", False, ("weight",)),
+    F.embedding_bag: ("max_norm", False, ("weight",)),
+}
+
+
 def _written(node: Node, modules: dict[str, Any]) -> list[Node]:
     """The arguments whose contents a node may change."""
     if node.op not in ("call_function", "call_method"):
@@ -383,6 +398,10 @@ def _written(node: Node, modules: dict[str, Any]) -> list[Node]:
         return _nodes(node.kwargs["out"])
     if is_inplace(node):
         return _nodes(node.args[0] if node.args else node.kwargs.get("input"))
+    if target in _STATEFUL:
+        given = inspect.signature(target).bind_partial(*node.args, **node.kwargs).arguments  # type: ignore[arg-type]
+        condition, default, names = _STATEFUL[target]
+        return _nodes([given.get(name) for name in names]) if given.get(condition, default) else []
     if isinstance(target, torch._ops.OpOverload):
         return _written_by(target, node)
     if isinstance(target, torch._ops.OpOverloadPacket):
@@ -548,7 +567,7 @@ class Facts:
                 calls.setdefault(str(node.target), []).extend(node.users)
         for name, users in calls.items():
             body = self.modules[name]
-            single = len(users) == 1 and _name(users[0]) in _TRANSPARENT
+            single = len(users) == 1 and is_transparent(users[0])
             if users:
                 yield Facts(body.graph, dict(body.named_children()), self, users[0], single)
 

@@ -29,7 +29,7 @@ from attn_rewriter.buffers import copied
 from attn_rewriter.contract import budget, error
 from attn_rewriter.emit import Operands, arrange
 from attn_rewriter.find import find
-from attn_rewriter.graph import Facts, size, tensor
+from attn_rewriter.graph import Facts, is_transparent, size, tensor
 from attn_rewriter.kernels.masking import keep_mask
 from attn_rewriter.patterns.axes import plan as steps
 from attn_rewriter.pipeline import Plan, Settings, graphs, plan
@@ -61,7 +61,13 @@ def verify(
     device = settings.device or next(p.plan.device for sites in found.values() for p in sites.plans.values())
     forked = range(torch.cuda.device_count()) if device.type == "cuda" else ()
     with working("checking attention against eager code"), torch.random.fork_rng(forked), torch.no_grad():
-        _Run(copy, _Context(found, checks)).run(*map(_hint, inputs))
+        try:
+            _Run(copy, _Context(found, checks)).run(*map(_hint, inputs))
+        except Exception as error:  # of the model's own code, which may run once, or has no memory for more
+            message = (
+                f"attn_rewriter can't verify a graph, which does not run uncompiled: {type(error).__name__}: {error}"
+            )
+            warnings.warn(message, stacklevel=2)
     return checks
 
 
@@ -166,13 +172,15 @@ class _Run(Interpreter):
     def run_node(self, n: Node) -> Any:
         if n.target is torch._C._set_grad_enabled:
             return None
-        body = next((a for a in n.all_input_nodes if self._is_body(a, n)), None)
+        body = self._body(n)
         result = super().run_node(n) if body is None else self._through(n, body)
         self._context.learn(n.meta.get("example_value"), result)
         for number in self._ends.get(n, ()):
             planned = self._sites.plans[number]
             values = {x: self.env[x] for x in planned.needs} | {n: result}
-            self._context.checks[number] = _checked(self, planned, values, self._context)
+            check = _checked(self, planned, values, self._context)
+            held = self._context.checks.setdefault(number, check)  # of a body that was called before
+            self._context.checks[number] = max(held, check, key=lambda check: (bool(check.verdict), check.worst))
         return result
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -183,10 +191,20 @@ class _Run(Interpreter):
         facts = self._sites.facts
         return any(node.target == name and facts.writes(node) for node in facts.graph.find_nodes(op="placeholder"))
 
-    def _is_body(self, node: Node, caller: Node) -> bool:
-        module = self.submodules.get(str(node.target)) if node.op == "get_attr" else None
-        sites = self._context.sites.get(module.graph) if isinstance(module, GraphModule) else None
-        return sites is not None and sites.facts.single and sites.facts.caller is caller
+    def _body(self, caller: Node) -> Node | None:
+        """The body that a node calls, if it has sites; of a condition's two, the one whose turn it is."""
+        if not is_transparent(caller):
+            return None
+        bodies = [node for node in caller.all_input_nodes if node.op == "get_attr" and self._has_sites(node)]
+        if caller.target is torch.ops.higher_order.cond:
+            condition, *branches = caller.args[:3]
+            taken = branches[0] if self.map_nodes_to_values(condition, caller) else branches[1]
+            bodies = [node for node in bodies if node is taken]
+        return bodies[0] if bodies else None
+
+    def _has_sites(self, node: Node) -> bool:
+        module = self.submodules.get(str(node.target))
+        return isinstance(module, GraphModule) and module.graph in self._context.sites
 
     def _through(self, n: Node, body: Node) -> Any:
         """A region such as a checkpointed one, whose body takes the last of its arguments."""
@@ -284,12 +302,16 @@ def _with_gradients(
 
     leaves = {node: leaf(node, values[node]) for node in planned.needs}
     wanted = [x for x in leaves.values() if isinstance(x, Tensor) and x.requires_grad]
-    with torch.set_grad_enabled(planned.plan.found.shapes.needs_backward):
+    needs_backward = planned.plan.found.shapes.needs_backward
+    with torch.set_grad_enabled(needs_backward):
         result = function(leaves | {planned.plan.site.output: values[planned.plan.site.output]})
-    if not wanted or not result.requires_grad:
+    if not wanted or not needs_backward:
         return result.detach(), None
-    gradients = torch.autograd.grad(result, wanted, way.to(result.dtype), allow_unused=True)
-    return result.detach(), torch.cat([g.flatten().to(result.dtype) for g in gradients if g is not None])
+    gradients: Sequence[Tensor | None] = [None] * len(wanted)
+    if result.requires_grad:
+        gradients = torch.autograd.grad(result, wanted, way.to(result.dtype), allow_unused=True)
+    held = [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, gradients)]  # where it is missed
+    return result.detach(), torch.cat([g.flatten().to(result.dtype) for g in held])
 
 
 def _operands(planned: _Planned, values: Mapping[Node, Any], number: Callable[[Size], int]) -> Operands:

@@ -16,6 +16,8 @@ from attn_rewriter.find import after, find
 from attn_rewriter.graph import Facts, module_path, tensor
 from attn_rewriter.splice import run
 
+_COPIES = {"cast", "copy", "detach", "permute", "reshape"}
+
 
 def withhold(facts: Facts, keep: Sequence[str]) -> bool:
     """Return empty tensors for the weights of all sites in modules that no pattern of `keep` matches; whether there
@@ -35,14 +37,31 @@ def withhold(facts: Facts, keep: Sequence[str]) -> bool:
 def _weights(facts: Facts, keep: Sequence[str]) -> Iterator[Node]:
     for site in [*find(facts)]:
         if site.kind == "softmax" and not is_kept(module_path(site.anchor), keep):
-            yield site.anchor
-            yield from (node for node, is_product in after(facts, site.anchor) if not is_product)
+            yield from _until_product(facts, site.anchor)
+
+
+def _until_product(facts: Facts, anchor: Node) -> Iterator[Node]:
+    """What lies between a softmax and the products, and copies of it; not what else is computed from it."""
+    following = sorted(after(facts, anchor), key=lambda found: facts.position[found[0]])
+    leading = {node for node, is_product in following if is_product}
+    for node, _ in reversed(following):
+        if any(user in leading for user in node.users):
+            leading.add(node)
+    weights = {anchor}
+    for node, is_product in following:
+        call = facts.call(node)
+        is_copy = call is not None and call.name in _COPIES and node.all_input_nodes[0] in weights
+        if not is_product and (node in leading or is_copy):
+            weights.add(node)
+    yield from weights
 
 
 def is_kept(module: str, keep: Sequence[str]) -> bool:
-    """Whether a pattern, as of file names, matches a module's path. After a graph break paths begin further inside, so
-    that the end of a pattern will do, if it names something."""
-    return any(fnmatchcase(module, end) for pattern in keep for end in _ends(pattern.split(".")))
+    """Whether a pattern, as of file names, matches the path of a module or of one that it is part of. After a graph
+    break paths begin further inside, so that the end of a pattern will do, if it names something."""
+    names = module.split(".")
+    within = [".".join(names[:i]) for i in range(1, len(names) + 1)]
+    return any(fnmatchcase(path, end) for pattern in keep for end in _ends(pattern.split(".")) for path in within)
 
 
 def _ends(names: Sequence[str]) -> Iterator[str]:

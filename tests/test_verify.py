@@ -63,6 +63,7 @@ WRONG = {
     "output": (lambda output: output * 1.001, "off by .* in its output"),
     "gradients": (_WrongGradient.apply, "off by .* in its gradients"),
     "no number": (lambda output: output * float("nan"), "off by nan in its output"),
+    "no gradients": (lambda output: output.detach(), "off by .* in its gradients"),
     "an exception": (_raise, "could not be verified: RuntimeError: no such luck"),
 }
 
@@ -163,6 +164,84 @@ def test_checkpointed_regions(reentrant: bool, monkeypatch: pytest.MonkeyPatch) 
     assert [site.kernel for site in report.sites] == [None, None]
 
 
+@pytest.mark.parametrize("taken", [True, False])
+def test_the_branch_that_is_taken(taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def branches(which: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.cond(which, attention, lambda q, k, v: attention(q * 2, k, v), (q, k, v))
+
+    monkeypatch.setattr(Off, "error", staticmethod(WRONG["output"][0]))
+    monkeypatch.setitem(KERNELS, "sdpa", Off())
+    q, k, v = draw()
+    with pytest.warns(UserWarning, match="leaves the attention"):
+        output, report = verified(branches, torch.tensor(taken), q, k, v)
+    assert report.n_fused == 1 and torch.equal(output, attention(q if taken else q * 2, k, v))
+
+
+def test_a_region_that_is_called_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    @torch.compiler.nested_compile_region
+    def region(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.transpose(-1, -2)).softmax(-1) @ v
+
+    def twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return region(region(q, k, v), k, v)
+
+    _, report = verified(twice, *draw())
+    assert [site.verified != () for site in report.sites] == [True]
+    monkeypatch.setattr(Off, "error", staticmethod(WRONG["output"][0]))
+    monkeypatch.setitem(KERNELS, "sdpa", Off())
+    torch._dynamo.reset()
+    with pytest.warns(UserWarning, match="leaves the attention"):
+        output, _ = verified(twice, *draw())
+    assert torch.equal(output, twice(*draw()))
+
+
+def test_running_statistics_are_updated_once() -> None:
+    """`F.batch_norm` writes into its buffers, though its name does not say so."""
+    found = []
+    for verify in (False, True):
+        norm = nn.BatchNorm1d(16)
+        _, report = verified(lambda q, k, v, norm=norm: norm(attention(q, k, v).flatten(0, 2)), *draw(), verify=verify)
+        assert report.n_fused == 1
+        found.append(norm.state_dict())
+        torch._dynamo.reset()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_always_checks_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a buffer was read by value, and after it holds something else."""
+
+    class Registered(nn.Module):
+        mask: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mask", torch.ones(LENGTH, LENGTH).tril().bool())
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return (q @ k.mT).masked_fill(~self.mask, float("-inf")).softmax(-1) @ v
+
+    class WrongIfCausal(Off):
+        is_wrong = False
+
+        def attend(self, spec: Any, *given: Any) -> Tensor:
+            output = super().attend(spec, *given)
+            return output * 1.001 if self.is_wrong and "causal" in str(spec) else output
+
+    kernel = WrongIfCausal()
+    monkeypatch.setitem(KERNELS, "sdpa", kernel)
+    model, given = Registered(), draw()
+    compiled = torch.compile(model, backend=Backend(Options(compiler=run_as_is, verify="always")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for upper in (True, False, True):
+            model.mask.copy_(torch.ones(LENGTH, LENGTH).tril(0 if upper else 3))
+            torch.testing.assert_close(compiled(*given), model(*given))
+    kernel.is_wrong = True
+    with pytest.warns(UserWarning, match="leaves the attention"):
+        assert torch.equal(compiled(*given), model(*given))
+    assert torch.equal(compiled(*given), model(*given))
+
+
 def test_symbolic_sizes() -> None:
     def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         n = q.shape[-2]
@@ -198,6 +277,23 @@ def test_no_memory_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(UserWarning, match="can't verify the attention at .*: out of memory"):
         _, report = verified(attention, *draw())
     assert report.n_fused == 1 and not report.sites[0].verified
+
+
+def test_a_graph_that_runs_only_once() -> None:
+    """It is compiled all the same; what was checked until there, was checked."""
+    n_runs = 0
+
+    def once(x: Tensor) -> Tensor:
+        nonlocal n_runs
+        n_runs += not isinstance(x, torch._subclasses.FakeTensor)
+        if n_runs == 1:
+            raise torch.OutOfMemoryError("full")
+        return x
+
+    torch._dynamo.allow_in_graph(once)
+    with pytest.warns(UserWarning, match="can't verify a graph, .*: OutOfMemoryError: full"):
+        _, report = verified(lambda q, k, v: once(attention(q, k, v)), *draw())
+    assert report.n_fused == 1 and report.sites[0].verified
 
 
 def test_optimize_verifies() -> None:

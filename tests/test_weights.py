@@ -56,6 +56,30 @@ def test_weights_that_are_used_stay() -> None:
     assert attn_rewriter.report_of(function).n_fused == 0
 
 
+@pytest.mark.parametrize(
+    "uses",
+    [
+        lambda weights, v: weights.amax(-1),
+        lambda weights, v: weights * v.sum(),
+        lambda weights, v: weights[:, :, 0],
+        lambda weights, v: (torch._dynamo.graph_break(), weights.sum())[1],
+    ],
+    ids=["largest", "product", "row", "after a graph break"],
+)
+def test_what_is_computed_from_weights_is_right(uses: Any) -> None:
+    torch._dynamo.reset()
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weights = (q @ k.mT).softmax(-1)
+        output = weights @ v
+        return output, uses(weights, v)
+
+    given = [torch.randn(1, 2, 9, 16) for _ in range(3)]
+    function = attn_rewriter.optimize(attention, compiler="eager", keep_weights=[])
+    for x, y in zip(function(*given), attention(*given)):
+        torch.testing.assert_close(x, y)
+
+
 def test_training_with_weights_withheld() -> None:
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         weights = (q @ k.mT).softmax(-1)
@@ -78,6 +102,9 @@ def test_training_with_weights_withheld() -> None:
         ("layers.3.self_attn", "model.layers.3.*", True),
         ("layers.4.self_attn", "model.layers.3.*", False),
         ("layers.13.self_attn", "*.3.self_attn", False),
+        ("layers.3.self_attn.softmax", "model.layers.3.self_attn", True),
+        ("model.layers.3.self_attn", "model.layers.3", True),
+        ("model.layers.31.self_attn", "model.layers.3", False),
         ("anything", "*", True),
     ],
 )
