@@ -1,7 +1,7 @@
 """Attention weights that a model returns though nobody wants them: `keep_weights` names the layers whose are wanted.
 
 The weights of all others are replaced by empty tensors where the graph returns them, and nowhere else, so that their
-attention can be fused.
+attention can be fused. They are on the device "meta": whoever computes with them after all gets an error, and no number.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def withhold(facts: Facts, keep: Sequence[str]) -> bool:
         held = tensor(node)
         assert held is not None
         with facts.graph.inserting_before(output):
-            empty = facts.graph.call_function(torch.empty, (0,), {"dtype": held.dtype, "device": held.device})
+            empty = facts.graph.call_function(torch.empty, (0,), {"dtype": held.dtype, "device": "meta"})
         empty.meta["example_value"] = run(empty, getattr(held, "fake_mode", None))
         output.replace_input_with(node, empty)
     return bool(unwanted)

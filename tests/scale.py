@@ -353,10 +353,11 @@ CASES = [
 
 @dataclass(frozen=True)
 class Parts:
-    """Each process holds a part of the sequence."""
+    """Each process holds a part of the sequence. The model may also be called outside, and within once more."""
 
     model: str
-    compiler: str = "aot_eager"
+    compiler: str = "eager"
+    leaves: bool = False
     sharded: bool = False
     balanced: bool = True
     dtype: torch.dtype = torch.float32
@@ -377,9 +378,10 @@ class Parts:
             model.eval()
             with torch.no_grad():
                 logits = self._logits(model, mesh)
-                assert_same = partial(torch.testing.assert_close, rtol=0.1, atol=0.1)  # other keys give other logits
-                assert_same(self._call(model, tokens(50), positions()), logits)  # outside of it
-                assert_same(self._logits(model, mesh), logits)  # and back
+                if self.leaves:
+                    assert_same = partial(torch.testing.assert_close, rtol=0.1, atol=0.1)  # not what other keys give
+                    assert_same(self._call(model, tokens(50), positions()), logits)
+                    assert_same(self._logits(model, mesh), logits)
         assert lines and all("causal [" in line and not line.endswith("-> eager") for line in lines), lines
         seen = Seen(seen.losses, seen.gradients, logits)
         exact = alone(self.model, torch.float64)
@@ -506,7 +508,8 @@ class Benchmark:
         mesh, answers = init_device_mesh(DEVICE, (WORLD,)), []
         for engine, workload in product(("one", "cp"), parallel.WORKLOADS):
             model = bench_models.build(parallel.TINY, DEVICE, torch.float32)
-            attn_rewriter.optimize(model, compiler="eager")
+            if engine == "cp":
+                attn_rewriter.optimize(model, compiler="eager")
             step = getattr(parallel, workload)(model, column := parallel.Column(engine, workload, 2, 32), mesh)
             answers.append(step().item())
             assert step().item() == answers[-1], column
@@ -516,8 +519,9 @@ class Benchmark:
 
 PARTS = [
     Parts("plain", compiler="inductor"),
-    Parts("plain", compiler="eager", sharded=True, balanced=False),
-    Parts("llama"),
+    Parts("plain", leaves=True, sharded=True, balanced=False),
+    Parts("plain", leaves=True),
+    Parts("llama", compiler="aot_eager"),
     NotInParts("window", lambda x: causal(x, 3) @ x, "sliding window"),
     NotInParts("dropout", lambda x: F.dropout(causal(x), 0.5) @ x, "no dropout"),
     NotInParts("other keys", lambda x: (x @ x[:, :, 1:].mT).softmax(-1) @ x[:, :, 1:], "as many queries as keys"),

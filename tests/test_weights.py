@@ -37,7 +37,7 @@ def test_weights_of_some_layers(name: str, keep: list[int] | None) -> None:
         if i in kept:
             assert_as_accurate(found.attentions[i], eager.attentions[i], exact.attentions[i])
         else:
-            assert found.attentions[i].shape == (0,)
+            assert found.attentions[i].shape == (0,) and found.attentions[i].is_meta  # no number comes of it
     assert_as_accurate(found[0], eager[0], exact[0])
 
 
