@@ -1,7 +1,7 @@
 """Attention weights that a model returns though nobody wants them: `keep_weights` names the layers whose are wanted.
 
 The weights of all others are replaced by empty tensors where the graph returns them, and nowhere else, so that their
-attention can be fused. They are on the device "meta": whoever computes with them after all gets an error, and no number.
+attention can be fused. They are on the device "meta": whoever computes with them after all gets no number from it.
 """
 
 from __future__ import annotations
