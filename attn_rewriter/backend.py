@@ -53,13 +53,13 @@ class Backend:
         autotune = self.options.autotune or (self.options.mode or "").startswith("max-autotune")
         keep_weights = self.options.keep_weights
         self.settings = Settings(
-            self.options.kernel,
-            device,
-            self.options.strict,
-            dry,
-            inductor,
-            autotune,
-            None if keep_weights is None else tuple(keep_weights),
+            kernel=self.options.kernel,
+            device=device,
+            strict=self.options.strict,
+            dry=dry,
+            inductor=inductor,
+            autotune=autotune,
+            keep_weights=None if keep_weights is None else tuple(keep_weights),
         )
         self._looks = looks
         self._compile = _compiler(self.options)

@@ -305,3 +305,23 @@ def test_optimize_verifies() -> None:
     assert site.check and site.check.errors
     with pytest.raises(ValueError, match='verify is True, False or "always", not "sometimes"'.replace('"', "['\"]")):
         attn_rewriter.optimize(model, verify="sometimes")
+
+
+def test_rows_that_a_bias_hides_do_not_hide_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager code in float32 gives such a row equal weights, which float64 does not."""
+    monkeypatch.setattr(Off, "error", staticmethod(lambda output: output * 1.01))
+    monkeypatch.setitem(KERNELS, "sdpa", Off())
+    bias = torch.zeros(2, 1, LENGTH, LENGTH)
+    bias[0, :, :6] = -1e9
+
+    def biased(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT + bias).softmax(-1) @ v
+
+    with pytest.warns(UserWarning, match="leaves the attention at .* as it is: sdpa is off by"):
+        _, report = verified(biased, *draw())
+    assert report.n_fused == 0
+
+
+def test_float64_is_the_truth_itself() -> None:
+    _, report = verified(attention, *(100 * x for x in draw(dtype=torch.float64, requires_grad=True)))
+    assert report.n_fused == 1 and not report.sites[0].verified
