@@ -6,7 +6,7 @@ compute, and whether that is attention at all, is for `describe`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from torch.fx import Node
@@ -68,38 +68,31 @@ def _softmax(node: Node, call: Call, matcher: Matcher) -> Softmax | Refusal | No
 
 def _product_before(facts: Facts, softmax: Softmax | Refusal) -> bool:
     if isinstance(softmax, Refusal):
-        seen, stack = {softmax.node}, softmax.node.all_input_nodes
+        met = _before(facts, softmax.node.all_input_nodes, {softmax.node})
     else:
-        seen, stack = set(softmax.nodes), [softmax.input]
-    while stack:
-        node = stack.pop()
-        call = facts.call(node)
-        if node in seen or call is None:
-            continue
-        seen.add(node)
-        if call.name in PRODUCTS:
-            return True
-        if call.name in _PASSED:
-            stack.extend(node.all_input_nodes)
-            stack.extend(user for user in node.users if is_inplace(user))
-    return False
+        met = _before(facts, [softmax.input], set(softmax.nodes))
+    return any(call.name in PRODUCTS for call in met)
 
 
 def is_after_softmax(facts: Facts, node: Node) -> bool:
     """Whether a walk back from a node, up to the nearest products, meets a softmax, or an `exp` as in one by hand."""
-    seen: set[Node] = set()
-    stack = [node]
+    return any(call.name in ("softmax", "exp") for call in _before(facts, [node], set()))
+
+
+def _before(facts: Facts, nodes: Iterable[Node], seen: set[Node]) -> Iterator[Call]:
+    """What a walk back from nodes meets, up to and with the nearest products and whatever else no walk passes; what
+    writes into them included."""
+    stack = [*nodes]
     while stack:
         node = stack.pop()
         call = facts.call(node)
         if node in seen or call is None:
             continue
         seen.add(node)
-        if call.name in ("softmax", "exp"):
-            return True
+        yield call
         if call.name in _PASSED:
             stack.extend(node.all_input_nodes)
-    return False
+            stack.extend(user for user in node.users if is_inplace(user))
 
 
 def after(facts: Facts, anchor: Node) -> Iterator[tuple[Node, bool]]:
@@ -111,7 +104,8 @@ def after(facts: Facts, anchor: Node) -> Iterator[tuple[Node, bool]]:
         if node in seen or call is None:
             continue
         seen.add(node)
-        if call.name in PRODUCTS or call.name in _PASSED - {"add", "sub"}:
-            yield node, call.name in PRODUCTS
-        if call.name in _PASSED - {"add", "sub"}:
+        if call.name in PRODUCTS:
+            yield node, True
+        elif call.name in _PASSED - {"add", "sub"}:
+            yield node, False
             queue.extend(node.users)

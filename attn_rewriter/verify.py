@@ -29,6 +29,7 @@ from attn_rewriter.alone import by_itself
 from attn_rewriter.buffers import copied
 from attn_rewriter.contract import budget, error
 from attn_rewriter.emit import Operands, arrange
+from attn_rewriter.errors import is_out_of_memory
 from attn_rewriter.find import find
 from attn_rewriter.graph import Facts, is_transparent, size, tensor
 from attn_rewriter.kernels.masking import bias_terms, keep_mask
@@ -175,6 +176,8 @@ class _Run(Interpreter):
             return None
         body = self._body(n)
         result = super().run_node(n) if body is None else self._through(n, body)
+        if n.op == "placeholder" and isinstance(result, Tensor) and self._sites.facts.writes(n):
+            result = result.clone()
         self._context.learn(n.meta.get("example_value"), result)
         for number in self._ends.get(n, ()):
             planned = self._sites.plans[number]
@@ -183,14 +186,6 @@ class _Run(Interpreter):
             held = self._context.checks.setdefault(number, check)  # of a body that was called before
             self._context.checks[number] = max(held, check, key=lambda check: (bool(check.verdict), check.worst))
         return result
-
-    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
-        value = super().placeholder(target, args, kwargs)
-        return value.clone() if isinstance(value, Tensor) and self._is_written(str(target)) else value
-
-    def _is_written(self, name: str) -> bool:
-        facts = self._sites.facts
-        return any(node.target == name and facts.writes(node) for node in facts.graph.find_nodes(op="placeholder"))
 
     def _body(self, caller: Node) -> Node | None:
         """The body that a node calls, if it has sites; of a condition's two, the one whose turn it is."""
@@ -222,12 +217,12 @@ class _Run(Interpreter):
 def _checked(run: Interpreter, planned: _Planned, values: Mapping[Node, Any], context: _Context) -> Check:
     try:
         return _compared(run, planned, values, context)
-    except torch.OutOfMemoryError:
+    except Exception as raised:
+        if not is_out_of_memory(raised):
+            return Check(verdict=f"could not be verified: {type(raised).__name__}: {raised}")
         where = planned.plan.report.place
         warnings.warn(f"attn_rewriter can't verify the attention at {where}: out of memory", stacklevel=2)
         return Check()
-    except Exception as raised:
-        return Check(verdict=f"could not be verified: {type(raised).__name__}: {raised}")
 
 
 def _compared(run: Interpreter, planned: _Planned, values: Mapping[Node, Any], context: _Context) -> Check:

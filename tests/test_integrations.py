@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,12 +19,7 @@ from tests.models import ARCHITECTURES, VOCABULARY, NothingNarrowed, build, inpu
 transformers.logging.set_verbosity_error()
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    attn_rewriter.unpatch()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def optimized(model: Any) -> Any:

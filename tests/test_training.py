@@ -4,7 +4,7 @@ is fused, the weights move as right as eager's, and nothing is compiled or broke
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,7 @@ STEPS, BATCH = 3, 2
 COMPILER = "eager"
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    attn_rewriter.unpatch()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> Any:

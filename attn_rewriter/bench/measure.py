@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from attn_rewriter.errors import KernelUnavailable
+from attn_rewriter.errors import KernelUnavailable, is_out_of_memory
 from attn_rewriter.packages import version
 from attn_rewriter.timing import calls_in, milliseconds, seconds_of, synchronize
 
@@ -158,7 +158,7 @@ def _measured(measure: Callable[..., Cell], *args: object) -> Cell:
         cause = getattr(error, "inner_exception", error)  # of Dynamo's BackendCompilerFailed
         if isinstance(cause, KernelUnavailable):
             return {"refused": str(cause)}
-        if "out of memory" in str(error):
+        if is_out_of_memory(error):
             return {"failed": OUT_OF_MEMORY}
         traceback.print_exc()
         return {"failed": f"{type(error).__name__}: {error}"[:300]}
