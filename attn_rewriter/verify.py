@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
 from operator import and_
@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_map
 
 from attn_rewriter.alone import by_itself
 from attn_rewriter.buffers import copied
-from attn_rewriter.contract import budget, error
+from attn_rewriter.contract import measured, worst
 from attn_rewriter.emit import Operands, arrange
 from attn_rewriter.errors import is_out_of_memory
 from attn_rewriter.find import find
@@ -38,6 +38,9 @@ from attn_rewriter.pipeline import Plan, Settings, graphs, plan
 from attn_rewriter.progress import working
 from attn_rewriter.sites import Check
 from attn_rewriter.spec import MASKED, Bias, Mask, Size
+
+_DRAWS = 8
+"""Over how many draws of the gradient, with inputs moved by a rounding unit, a site is compared again that is off."""
 
 
 def verify(
@@ -60,9 +63,7 @@ def verify(
     if any(isinstance(x, FakeTensor) for x in inputs) or not any(sites.plans for sites in found.values()):
         return {}
     checks: dict[int, Check] = {}
-    device = settings.device or next(p.plan.device for sites in found.values() for p in sites.plans.values())
-    forked = range(torch.cuda.device_count()) if device.type == "cuda" else ()
-    with working("checking attention against eager code"), torch.random.fork_rng(forked), torch.no_grad():
+    with working("checking attention against eager code"), _random_numbers_kept(inputs), torch.no_grad():
         try:
             _Run(copy, _Context(found, checks)).run(*map(_hint, inputs))
         except Exception as error:  # of the model's own code, which may run once, or has no memory for more
@@ -71,6 +72,17 @@ def verify(
             )
             warnings.warn(message, stacklevel=2)
     return checks
+
+
+@contextmanager
+def _random_numbers_kept(inputs: Sequence[Any]) -> Iterator[None]:
+    """On CPU, and on all devices of the types that the inputs are on."""
+    types = {x.device.type for x in inputs if isinstance(x, Tensor)} - {"cpu", "meta"}
+    with ExitStack() as stack, torch.random.fork_rng(()):
+        for kind in sorted(types):
+            devices = range(torch.get_device_module(kind).device_count())
+            stack.enter_context(torch.random.fork_rng(devices, device_type=kind))
+        yield
 
 
 def _hint(x: Any) -> Any:
@@ -231,7 +243,7 @@ def _compared(run: Interpreter, planned: _Planned, values: Mapping[Node, Any], c
     spec = replace(found.spec, dropout_p=0.0)
     output = values[planned.plan.site.output]
     number = context.size
-    if output.dtype == torch.float64:  # there is nothing that is more exact
+    if output.dtype == torch.float64 or not output.numel():  # there is nothing that is more exact, or nothing
         return Check()
 
     def fused(values: Mapping[Node, Any]) -> Tensor:
@@ -253,28 +265,59 @@ def _compared(run: Interpreter, planned: _Planned, values: Mapping[Node, Any], c
         return held
 
     keys = _rows_with_a_key(planned, values, number)
-    way = torch.randn_like(output) if output.is_floating_point() else output
-    way = way if keys is None else way * keys
-    results = {}
-    for name, function, wide in (("fused", fused, False), ("eager", eager, False), ("truth", eager, True)):
-        with _widened(output.device.type) if wide else nullcontext():
-            results[name] = _with_gradients(planned, function, values, way, wide)
-    errors, verdict = [], ""
-    for what, *held in zip(("output", "gradients"), *results.values()):
-        if any(x is None for x in held):
-            continue
-        of_fused, of_eager, truth = held
-        known = truth.isfinite() & of_eager.isfinite()
-        if what == "output" and keys is not None:
-            known = known & keys
-        of_fused, of_eager, truth = of_fused[known], of_eager[known], truth[known]
-        if not truth.numel():
-            continue
-        allowed = budget(of_eager, truth)
-        errors.append((what, error(of_fused, truth), error(of_eager, truth)))
-        if not errors[-1][1] <= allowed:  # nor where it is no number
-            verdict = verdict or f"is off by {errors[-1][1]:.3g} in its {what}, where {allowed:.3g} is allowed"
-    return Check(tuple(errors), verdict)
+
+    def look(again: bool = False, moved: bool = False) -> dict[str, Tensor]:
+        """What is to be judged; `again`, eager code may lose as much as the terms of its gradients do."""
+        given = _moved(planned, values) if moved else values
+        way = torch.randn_like(output) if output.is_floating_point() else output
+        way = way if keys is None else way * keys
+
+        def results(function: Callable[[Mapping[Node, Any]], Tensor], wide: bool = False) -> list[Tensor]:
+            with _widened(output.device.type) if wide else nullcontext():
+                return _with_gradients(planned, function, given, way, wide)
+
+        outputs, *gradients = zip(results(fused), results(eager), results(eager, wide=True))
+        looked = {"output": _measured(outputs, keys)}
+        if gradients:
+            looked["gradients"] = torch.cat([_measured(held) for held in gradients], dim=1)
+        if gradients and again:
+            with _Terms():
+                (_, *terms), (_, *truths) = results(eager), results(eager, wide=True)
+            least = torch.cat([_measured((x, x, truth)) for x, truth in zip(terms, truths)], dim=1)
+            looked["gradients"][1:] = torch.maximum(looked["gradients"], least)[1:]
+        return looked
+
+    looked, draws = look(), list[dict[str, Tensor]]()
+    while not all(worst(squares).holds for squares in looked.values()) and len(draws) < _DRAWS:
+        # A few elements' error is mostly luck, and so is eager code's where everything cancels.
+        draws.append(look(again=True, moved=bool(draws)))
+        looked = {what: torch.stack([draw[what] for draw in draws]).mean(0) for what in looked}
+    judged = {what: worst(squares) for what, squares in looked.items() if squares.any()}
+    verdict = next(
+        (
+            f"is off by {found.error:.3g} in its {what}, where {found.allowed:.3g} is allowed"
+            for what, found in judged.items()
+            if not found.holds
+        ),
+        "",
+    )
+    return Check(tuple((what, found.error, found.eager) for what, found in judged.items()), verdict)
+
+
+def _measured(held: Sequence[Tensor], known: Tensor | None = None) -> Tensor:
+    """What is to be judged of a kernel's result, eager code's and the truth, all zero where nothing is known."""
+    _, eager, truth = held
+    finite = truth.isfinite() & eager.isfinite()
+    known = finite if known is None else finite & known
+    fused, eager, truth = (x.where(known, 0) for x in held)
+    return measured(fused, eager, truth).cpu()
+
+
+def _moved(planned: _Planned, values: Mapping[Node, Any]) -> Mapping[Node, Any]:
+    """Query, key and value moved at random by a rounding unit, which rounds all that follows otherwise."""
+    nodes = {planned.plan.found.operands[name].node for name in ("query", "key", "value")}
+    held = {node: values[node] for node in nodes if values[node].is_floating_point()}
+    return {**values, **{node: x * (1 + torch.finfo(x.dtype).eps * torch.randn_like(x)) for node, x in held.items()}}
 
 
 def _like(x: Any) -> Any:
@@ -288,8 +331,8 @@ def _with_gradients(
     values: Mapping[Node, Any],
     way: Tensor,
     wide: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """A result, and its gradients for all operands as one tensor: the rounding unit is that of the largest."""
+) -> list[Tensor]:
+    """A result, and its gradients for the operands that want one, zero where they are missed."""
 
     def leaf(node: Node, x: Any) -> Any:
         if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -304,12 +347,12 @@ def _with_gradients(
     with torch.set_grad_enabled(needs_backward):
         result = function(leaves | {planned.plan.site.output: values[planned.plan.site.output]})
     if not wanted or not needs_backward:
-        return result.detach(), None
+        return [result.detach()]
     gradients: Sequence[Tensor | None] = [None] * len(wanted)
     if result.requires_grad:
         gradients = torch.autograd.grad(result, wanted, way.to(result.dtype), allow_unused=True)
-    held = [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, gradients)]  # where it is missed
-    return result.detach(), torch.cat([g.flatten().to(result.dtype) for g in held])
+    held = [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, gradients)]
+    return [result.detach(), *(g.to(result.dtype) for g in held)]
 
 
 def _operands(planned: _Planned, values: Mapping[Node, Any], number: Callable[[Size], int]) -> Operands:
@@ -361,6 +404,21 @@ class _Widened(TorchDispatchMode):
         if func is torch.ops.aten._softmax.default:  # its last argument says that half becomes float
             args = (*args[:2], False)
         return func(*args, **kwargs)
+
+
+class _Terms(TorchDispatchMode):
+    """Computes a softmax from the logsumexp of its scores, as fused kernels do in their backward pass, and its gradient
+    without what is subtracted: nearly all where a weight is nearly 1, but these subtract what was rounded otherwise."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._softmax.default:
+            scores, dim, is_float = args
+            wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+            weights = (wide - wide.logsumexp(dim, keepdim=True)).exp()
+            return weights if is_float else weights.to(scores.dtype)
+        if func is torch.ops.aten._softmax_backward_data.default:
+            return (args[0] * args[1]).to(args[3])
+        return func(*args, **(kwargs or {}))
 
 
 def _wide(x: Any) -> Any:

@@ -7,21 +7,22 @@ from typing import Any
 
 import torch
 
-from attn_rewriter.contract import budget, error
+from attn_rewriter.contract import measured, worst
 
 
 def assert_as_accurate(fused: Any, eager: Any, truth: Any, name: str = "") -> None:
     """Assert that `fused` is as near to `truth` as `eager` is, up to what rounding explains.
 
     All three are tensors, or the same nesting of tuples, lists and mappings of tensors (and of None, which must be
-    None in all). For each tensor, with its error being the root mean square of its difference from the truth,
+    None in all). For each part of a tensor, with its error being the root mean square of its difference from the truth,
 
         error(fused) <= 1.5 * error(eager) + one rounding unit,
 
-    where the rounding unit is the spacing of numbers of the tensor's type at the largest magnitude of the truth. The
-    truth is computed in float64; `fused` and `eager` must have the same type and shape, and `fused` only finite
-    elements. Where eager leaves a result unspecified (rows in which every key is masked), leave it out of all three.
-    Tensors of whole numbers or truth values must be equal.
+    where a part is at least 128 rows, or all, and the rounding unit is the spacing of numbers of the tensor's type at
+    the largest magnitude of each row of the truth (`attn_rewriter.contract`). The truth is computed in float64; `fused`
+    and `eager` must have the same type and shape, and `fused` only finite elements. Where eager leaves a result
+    unspecified (rows in which every key is masked), leave it out of all three. Tensors of whole numbers or truth values
+    must be equal.
     """
     if isinstance(truth, Mapping):
         assert fused.keys() == eager.keys() == truth.keys(), f"{name}: different keys"
@@ -46,9 +47,7 @@ def _assert_tensor_as_accurate(fused: torch.Tensor, eager: torch.Tensor, truth: 
     assert truth.dtype == torch.float64, f"{name}: the truth is {truth.dtype}, not float64"
     assert truth.isfinite().all(), f"{name}: the truth is not finite"
     assert fused.isfinite().all(), f"{name} is not finite"
-    if not truth.numel():
-        return
-    wrong, allowed = error(fused, truth), budget(eager, truth)
-    assert wrong <= allowed, (
-        f"{name} is off by {wrong:.3g}, the budget is {allowed:.3g} (eager {error(eager, truth):.3g})"
+    found = worst(measured(fused, eager, truth))
+    assert found.holds, (
+        f"{name} is off by {found.error:.3g}, the budget is {found.allowed:.3g} (eager {found.eager:.3g})"
     )

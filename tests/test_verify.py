@@ -16,6 +16,7 @@ import attn_rewriter
 from attn_rewriter import Backend, Options, RewriteError
 from attn_rewriter.kernels import KERNELS
 from attn_rewriter.kernels.sdpa import SDPA
+from attn_rewriter.verify import _random_numbers_kept
 from tests.models import ARCHITECTURES, build, inputs
 from tests.running import run_as_is
 from tests.spellings import SPELLINGS, Spelling
@@ -43,14 +44,37 @@ class Off(SDPA):
         return self.error(super().attend(*given))
 
 
-class _WrongGradient(torch.autograd.Function):
+class Backward(torch.autograd.Function):
+    """The identity, but for its gradient."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.change = change
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient * 1.01
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return ctx.change(gradient), None
+
+
+class WrongGradient(SDPA):
+    """SDPA whose gradients for one operand are changed."""
+
+    def __init__(self, operand: str, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.operand, self.change = operand, change
+
+    def attend(self, spec: Any, shapes: Any, device: Any, tensors: Any) -> Tensor:
+        return super().attend(spec, shapes, device, _Changed(tensors, self.operand, self.change))
+
+
+class _Changed(dict[Any, Any]):
+    def __init__(self, tensors: Any, operand: str, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__({**tensors, operand: Backward.apply(tensors[operand], change)})
+        self._tensors = tensors
+
+    def __missing__(self, name: Any) -> Any:
+        return self._tensors[name]
 
 
 def _raise(output: Tensor) -> Tensor:
@@ -61,7 +85,10 @@ def _raise(output: Tensor) -> Tensor:
 
 WRONG = {
     "output": (lambda output: output * 1.001, "off by .* in its output"),
-    "gradients": (_WrongGradient.apply, "off by .* in its gradients"),
+    "gradients": (
+        lambda output: Backward.apply(output, lambda gradient: gradient * 1.01),
+        "off by .* in its gradients",
+    ),
     "no number": (lambda output: output * float("nan"), "off by nan in its output"),
     "no gradients": (lambda output: output.detach(), "off by .* in its gradients"),
     "an exception": (_raise, "could not be verified: RuntimeError: no such luck"),
@@ -146,6 +173,26 @@ def test_inputs_and_random_numbers_stay_as_they_are() -> None:
         outputs.append(output)
         assert report.n_fused == 1
     assert torch.equal(*caches) and torch.equal(*outputs) and caches[0].any()
+
+
+def test_random_numbers_of_other_devices_stay_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Numbers:
+        state = torch.zeros(1)
+        device_count = staticmethod(lambda: 2)
+        get_rng_state = staticmethod(lambda device: Numbers.state)
+
+        @staticmethod
+        def set_rng_state(state: Tensor, device: Any) -> None:
+            restored.append(device)
+
+    class Elsewhere(Tensor):
+        device = property(lambda self: torch.device("xpu"))
+
+    restored: list[Any] = []
+    monkeypatch.setattr(torch, "xpu", Numbers)
+    with _random_numbers_kept([torch.zeros(1).as_subclass(Elsewhere), torch.zeros(1), 3]):
+        assert not restored
+    assert restored == [0, 1]
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -325,3 +372,54 @@ def test_rows_that_a_bias_hides_do_not_hide_a_wrong_kernel(monkeypatch: pytest.M
 def test_float64_is_the_truth_itself() -> None:
     _, report = verified(attention, *(100 * x for x in draw(dtype=torch.float64, requires_grad=True)))
     assert report.n_fused == 1 and not report.sites[0].verified
+
+
+def without_late_rows(x: Tensor) -> Tensor:
+    return x * (torch.arange(x.size(-2)) < x.size(-2) * 15 // 16).unsqueeze(-1)
+
+
+@pytest.mark.parametrize("lost", ["output", "query", "key", "value"])
+def test_late_rows_count(lost: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They average many values, and are small beside the first ones."""
+    kernel = Off() if lost == "output" else WrongGradient(lost, without_late_rows)
+    monkeypatch.setattr(Off, "error", staticmethod(without_late_rows))
+    torch.manual_seed(0)
+    given = [torch.randn(1, 1, 1024, 16).bfloat16().requires_grad_(lost != "output") for _ in range(3)]
+
+    def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT * 0.25).masked_fill(torch.ones(1024, 1024).triu(1).bool(), float("-inf")).softmax(-1) @ v
+
+    assert verified(causal, *given)[1].n_fused == 1
+    torch._dynamo.reset()
+    monkeypatch.setitem(KERNELS, "sdpa", kernel)
+    with pytest.warns(UserWarning, match="leaves the attention"):
+        _, report = verified(causal, *given)
+    assert report.n_fused == 0
+
+
+def test_each_operand_has_gradients_of_its_own_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small queries with large keys, whose gradients are small."""
+    factors = torch.tensor([1 / 64, 64, 1]).bfloat16()
+    q, k, v = ((x.bfloat16() * factor).requires_grad_() for x, factor in zip(draw(), factors))
+    assert verified(attention, q, k, v)[1].n_fused == 1
+    torch._dynamo.reset()
+    monkeypatch.setitem(KERNELS, "sdpa", WrongGradient("key", torch.zeros_like))
+    with pytest.warns(UserWarning, match="off by .* in its gradients"):
+        _, report = verified(attention, q, k, v)
+    assert report.n_fused == 0
+
+
+def test_luck_is_no_fault() -> None:
+    """Where there are few elements, and weights near 1, whose gradients cancel."""
+
+    def unscaled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT).softmax(-1) @ v
+
+    backend = Backend(Options(compiler=run_as_is, verify="always", strict=True))
+    compiled = torch.compile(unscaled, backend=backend)
+    torch.manual_seed(0)
+    for _ in range(50):
+        compiled(*(torch.randn(1, 1, 8, 64, requires_grad=True) for _ in range(3)))
+    given = [torch.randn(1, 1, 64, 64, requires_grad=True) for _ in range(3)]
+    compiled(100 * given[0], *given[1:])
+    assert backend.report.n_fused == backend.report.n_sites > 0

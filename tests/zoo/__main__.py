@@ -19,9 +19,8 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import torch
 import transformers
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from attn_rewriter.progress import working
 from tests.zoo import configs, run, table
 
 HERE = Path(__file__).parent
@@ -49,20 +48,13 @@ def main(argv: list[str] | None = None) -> int:
     rows = Rows(options.out / "rows", base=options.base)
     waiting = [name for name in names if options.fresh or not rows.has(name, options.train)]
     if waiting:
-        run.warm_up()
-    with Progress(
-        TextColumn("{task.description:40}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not sys.stderr.isatty(),
-    ) as progress:
-        task = progress.add_task("", total=len(waiting))
+        with working("making Inductor's patterns"):
+            run.warm_up()
+    with working("", total=len(waiting)) as line:
         work = [(name, options.base, options.train and name in configs.TRAINED, options.quick) for name in waiting]
         for row in in_processes(run.check, work, options.jobs, options.timeout):
             rows.write(row)
-            progress.update(task, advance=1, description=row["name"])
+            line.advance(row["name"])
     done = [rows.read(name) for name in names]
     table.write(done, options.out, rows.versions)
     print(table.summary(done))
