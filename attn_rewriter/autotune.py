@@ -27,7 +27,7 @@ from torch.fx import Node
 from attn_rewriter.alone import by_itself
 from attn_rewriter.choose import usable, with_pairs
 from attn_rewriter.describe import Description
-from attn_rewriter.device import Device
+from attn_rewriter.device import Device, made_current
 from attn_rewriter.emit import Operands
 from attn_rewriter.errors import is_out_of_memory
 from attn_rewriter.graph import tensor
@@ -112,8 +112,9 @@ def _time(found: Description, device: Device, name: str) -> tuple[float, ...]:
             torch.autograd.grad(output, wanted, torch.ones_like(output), allow_unused=True)
 
     cuda = device.type == "cuda"
-    alone = _milliseconds(forward, cuda)
-    return (alone, max(_milliseconds(both, cuda) - alone, 0.0)) if found.shapes.needs_backward else (alone,)
+    with made_current(operands["query"].device):
+        alone = _milliseconds(forward, cuda)
+        return (alone, max(_milliseconds(both, cuda) - alone, 0.0)) if found.shapes.needs_backward else (alone,)
 
 
 def _milliseconds(step: Callable[[], Any], cuda: bool) -> float:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -67,3 +69,10 @@ class Device:
     def __str__(self) -> str:
         kind = self.arch or (f"sm_{self.capability[0]}{self.capability[1]}" if self.capability else self.type)
         return kind + (f" ({self.name})" if self.name else "")
+
+
+def made_current(device: torch.device) -> AbstractContextManager[Any]:
+    """While kernels that aren't PyTorch's are launched, or timed: they go to the GPU that is the current one, and into
+    its stream, wherever their tensors are."""
+    on_gpu = device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.device(device) if on_gpu else nullcontext()

@@ -1,9 +1,18 @@
-"""What is installed."""
+"""What is installed, and what is imported."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Callable
 from importlib import metadata
+from types import ModuleType
+from typing import Any
+
+from attn_rewriter.progress import working
 
 
 def version(distribution: str) -> str | None:
@@ -17,9 +26,46 @@ def version(distribution: str) -> str | None:
 def unimportable(module: str) -> str | None:
     """Why a module can't be imported; None if it can."""
     try:
-        importlib.import_module(module)
+        with working(f"importing {module}"):
+            importlib.import_module(module)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # whatever a broken installation raises: also `SystemExit`, or a panic of Rust
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def once_imported(name: str, then: Callable[[ModuleType], None]) -> Callable[[], None]:
+    """Call a function on a module: at once where it is imported already, or as soon as someone imports it. What is
+    returned calls that off."""
+    finder = _AfterImport(name, then)
+    if name in sys.modules:
+        then(sys.modules[name])
+    else:
+        sys.meta_path.insert(0, finder)
+    return finder.remove
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    def __init__(self, name: str, then: Callable[[ModuleType], None]) -> None:
+        self.name, self.then = name, then
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        self.remove()
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_then(module: ModuleType) -> None:
+            execute(module)
+            self.then(module)
+
+        spec.loader.exec_module = execute_then  # type: ignore[method-assign]
+        return spec
+
+    def remove(self) -> None:
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)

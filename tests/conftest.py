@@ -10,6 +10,14 @@ import torch
 import attn_rewriter
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests with the marker `gpu`, or `gpu(n)`, are skipped where there are fewer."""
+    wanted = max((mark.args[0] if mark.args else 1 for mark in item.iter_markers("gpu")), default=0)
+    if torch.cuda.device_count() < wanted:
+        pytest.skip(f"needs {wanted} CUDA device{'s' if wanted > 1 else ''}")
+
+
 @pytest.fixture
 def fresh_dynamo() -> Iterator[None]:
     """Nothing compiled and nothing counted yet; no patch afterwards."""

@@ -445,6 +445,14 @@ def causal(x: Tensor, window: int = 1 << 20) -> Tensor:
     return scores.masked_fill((distance > 0) | (distance <= -window), float("-inf")).softmax(-1)
 
 
+def causal_of_more(x: Tensor) -> Tensor:
+    """Of a process's own keys, as many are seen as it has queries."""
+    keys = torch.cat([x, x], 2)
+    scores = x @ keys.mT
+    steps = torch.arange(keys.size(-2), device=x.device)
+    return scores.masked_fill(steps > steps[: x.size(-2), None], float("-inf")).softmax(-1) @ keys
+
+
 def own_call(x: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(x, x, x, is_causal=True, scale=1.0)
 
@@ -510,7 +518,7 @@ class Benchmark:
             model = bench_models.build(parallel.TINY, DEVICE, torch.float32)
             if engine == "cp":
                 attn_rewriter.optimize(model, compiler="eager")
-            step = getattr(parallel, workload)(model, column := parallel.Column(engine, workload, 2, 32), mesh)
+            step = getattr(parallel, workload)(model, column := parallel.Column(f"{engine}-{workload}", 2, 32), mesh)
             answers.append(step().item())
             assert step().item() == answers[-1], column
         compared = 2 if dist.get_rank() == 0 else 1  # the last token is with the first process
@@ -525,6 +533,7 @@ PARTS = [
     NotInParts("window", lambda x: causal(x, 3) @ x, "sliding window"),
     NotInParts("dropout", lambda x: F.dropout(causal(x), 0.5) @ x, "no dropout"),
     NotInParts("other keys", lambda x: (x @ x[:, :, 1:].mT).softmax(-1) @ x[:, :, 1:], "as many queries as keys"),
+    NotInParts("more keys", causal_of_more, "as many queries as keys"),
     NotInParts("bias", lambda x: (x @ x.mT + x.sum(-1, keepdim=True)).softmax(-1) @ x, "bias"),
     GivingUp(),
     LeftAlone(),

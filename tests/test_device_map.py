@@ -2,72 +2,312 @@
 
 from __future__ import annotations
 
+import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import attn_rewriter
+from attn_rewriter import Report
 from tests import models
+from tests.accuracy import assert_as_accurate
+from tests.running import gradients, rewritten
 
 big_modeling = pytest.importorskip("accelerate.big_modeling")
 hooks = pytest.importorskip("accelerate.hooks")
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+FUSED = {(f"model.layers.{i}.self_attn", "scale 0.3536, causal", "sdpa") for i in range(2)}
 BLOCKS = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.1", "model.norm", "lm_head")
-CPU = torch.device("cpu")
 
 
-def on_devices(model: nn.Module, folder: Path) -> None:
-    """The hooks of a model that is divided between devices, here all the same."""
-    devices = dict.fromkeys(("", *BLOCKS), CPU)
-    hooks.attach_align_device_hook_on_blocks(model, execution_device=devices, offload=dict.fromkeys(devices, False))
+def dispatch(model: Any, where: dict[str, Any] | None = None, **options: Any) -> Any:
+    """What `from_pretrained(device_map=where)` does with a model; by default all devices are the same."""
+    where = where or dict.fromkeys([*model._modules, *model._buffers], "cpu")
+    given = {"main_device": "cpu", "force_hooks": True, "skip_keys": model._skip_keys_device_placement}
+    return big_modeling.dispatch_model(model, where, **{**given, **options})
 
 
-def hooks_on_blocks_alone(model: nn.Module, folder: Path) -> None:
-    """Without those within a layer, whose modules are all on its device."""
-    on_devices(model, folder)
-    for layer in model.model.layers:  # type: ignore[union-attr]
-        for child in layer.children():
-            hooks.remove_hook_from_submodules(child)
+def n_graph_breaks() -> int:
+    return sum(torch._dynamo.utils.counters["graph_break"].values())
 
 
-def offloaded(model: nn.Module, folder: Path) -> None:
-    """A layer's weights in a file, the others' in memory, each loaded for its call."""
-    where = dict.fromkeys(BLOCKS, "cpu") | {"model.layers.1": "disk"}
-    big_modeling.dispatch_model(model, where, main_device="cpu", offload_dir=folder, force_hooks=True)
+def fused(report: Report) -> set[tuple[str, str, str | None]]:
+    return {(site.module, str(site.spec), site.kernel) for site in report.sites}
 
 
-@pytest.mark.parametrize(
-    ("wrap", "order", "fused"),
-    [
-        (hooks_on_blocks_alone, "before", True),
-        (hooks_on_blocks_alone, "after", True),
-        (on_devices, "after", False),
-        (offloaded, "before", False),
-    ],
-)
-def test_hooks(wrap: Callable[[nn.Module, Path], None], order: str, fused: bool, tmp_path: Path) -> None:
-    """accelerate's hooks are not compiled, and break the graph. Where one is on each projection, the weights of an
-    attention are still alive at its end, as far as Dynamo can see: it stays as it is, and says so."""
-    torch._dynamo.reset()
-    model: Any = models.build("llama", "eager")
+def hooks_first(model: Any) -> Callable[[], Report]:
+    attn_rewriter.optimize(dispatch(model), compiler="eager")
+    return lambda: attn_rewriter.report_of(model)
+
+
+def hooks_last(model: Any) -> Callable[[], Report]:
+    dispatch(attn_rewriter.optimize(model, compiler="eager"))
+    return lambda: attn_rewriter.report_of(model)
+
+
+def patched(model: Any) -> Callable[[], Report]:
+    patch = attn_rewriter.patch(compiler="eager")
+    dispatch(model)
+    model.forward = torch.compile(model.forward)
+    return lambda: patch.report
+
+
+def compiled(model: Any) -> Callable[[], Report]:
+    backend = attn_rewriter.Backend(attn_rewriter.Options(compiler="eager"))
+    dispatch(model).compile(backend=backend)
+    return lambda: backend.report
+
+
+@pytest.mark.parametrize("way", [hooks_first, hooks_last, patched, compiled])
+def test_hooks_that_only_move(way: Callable[[Any], Callable[[], Report]]) -> None:
+    """They are compiled with the model: there is one graph, and attention is what it is without them."""
     given = {**models.inputs("llama"), "use_cache": False}
+    model = models.build("llama", "eager")
+    with torch.no_grad():
+        eager = model(**given).logits
+        report = way(model)
+        found = [model(**given).logits for _ in range(2)]
+        with models.NothingNarrowed():
+            truth = models.build("llama", "eager", torch.float64)(**given).logits
+    assert fused(report()) == FUSED
+    assert not n_graph_breaks()
+    for logits in found:
+        assert_as_accurate(logits, eager, truth)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "bart", "mistral"])
+def test_architectures(name: str) -> None:
+    """Tied weights, buffers, two stacks; with padding and the default cache, forward and backward."""
+    given = models.inputs(name, padding="right")
+    step = lambda model: gradients(model, [model(**given).logits])  # noqa: E731
+    model = models.build(name, "eager")
+    eager = step(model)
+    attn_rewriter.optimize(dispatch(model), compiler="eager")
+    found = step(model)
+    report = attn_rewriter.report_of(model)
+    assert report.n_fused == report.n_sites == models.ARCHITECTURES[name].n_sites, report
+    with models.NothingNarrowed():
+        truth = step(models.build(name, "eager", torch.float64))
+    assert_as_accurate(found, eager, truth)
+
+
+def test_offloaded(tmp_path: Path) -> None:
+    """A hook that loads weights is not compiled. It breaks the graph at each projection, where the weights of the
+    attention are still alive, as far as Dynamo can see."""
+    given = {**models.inputs("llama"), "use_cache": False}
+    model = models.build("llama", "eager")
     with torch.no_grad():
         expected = model(**given).logits
-        if order == "before":
-            attn_rewriter.optimize(model, compiler="eager")
-        wrap(model, tmp_path)
-        if order == "after":
-            attn_rewriter.optimize(model, compiler="eager")
+        attn_rewriter.optimize(model, compiler="eager")
+        dispatch(model, dict.fromkeys(BLOCKS, "cpu") | {"model.layers.1": "disk"}, offload_dir=tmp_path)
+        assert model.model.layers[1].self_attn.q_proj.weight.is_meta
         for _ in range(2):
             torch.testing.assert_close(model(**given).logits, expected)
-    sites = attn_rewriter.report_of(model).sites
-    if fused:
-        assert {(site.module, str(site.spec), site.kernel) for site in sites} == {
-            ("self_attn", "scale 0.3536, causal", "sdpa")
-        }
-    else:
-        assert sites and {site.reasons for site in sites} == {("the attention weights are also returned",)}
+        assert model.model.layers[1].self_attn.q_proj.weight.is_meta
+    first, second = attn_rewriter.report_of(model).sites
+    assert (str(first.spec), first.kernel) == ("scale 0.3536, causal", "sdpa")
+    assert second.kernel is None
+    (reason,) = second.reasons
+    assert reason.startswith(f"the attention weights are also returned into a graph break at {hooks.__file__}:")
+
+
+def test_hooks_come_and_go(tmp_path: Path) -> None:
+    """Whatever becomes of a model's hooks after it was compiled is seen."""
+    given = {**models.inputs("llama"), "use_cache": False}
+    model = models.build("llama", "eager")
+    with torch.no_grad():
+        expected = model(**given).logits
+        attn_rewriter.optimize(model, compiler="eager")
+
+        def check() -> None:
+            torch.testing.assert_close(model(**given).logits, expected)
+
+        check()
+        dispatch(model)
+        check()
+        hooks.remove_hook_from_submodules(model.model.layers[1])
+        check()
+        hooks.remove_hook_from_submodules(model)
+        check()
+        assert attn_rewriter.report_of(model).n_fused == attn_rewriter.report_of(model).n_sites
+        dispatch(model, dict.fromkeys(BLOCKS, "cpu") | {"model.layers.0": "disk"}, offload_dir=tmp_path)
+        check()
+        hooks.remove_hook_from_submodules(model)
+        check()
+
+
+class Watching(hooks.ModelHook):  # type: ignore[misc]
+    """A hook of one's own, which Dynamo must not see where accelerate hides it."""
+
+    def __init__(self) -> None:
+        self.seen: list[bool] = []
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        self.seen.append(torch.compiler.is_compiling())
+        return args, kwargs
+
+
+def test_other_hooks_stay_hidden() -> None:
+    given = {**models.inputs("llama"), "use_cache": False}
+    model = models.build("llama", "eager")
+    with torch.no_grad():
+        expected = model(**given).logits
+        attn_rewriter.optimize(dispatch(model), compiler="eager")
+        watching = Watching()
+        hooks.add_hook_to_module(model.model.layers[1], watching, append=True)
+        for _ in range(3):
+            torch.testing.assert_close(model(**given).logits, expected)
+    assert watching.seen == [False] * 3
+
+
+def test_hooks_in_a_row() -> None:
+    given = {**models.inputs("llama"), "use_cache": False}
+    model = models.build("llama", "eager")
+    with torch.no_grad():
+        expected = model(**given).logits
+        attn_rewriter.optimize(dispatch(model), compiler="eager")
+        hooks.add_hook_to_module(model.model.layers[1], hooks.AlignDevicesHook("cpu", io_same_device=True), append=True)
+        torch.testing.assert_close(model(**given).logits, expected)
+    assert fused(attn_rewriter.report_of(model)) == FUSED
+    assert not n_graph_breaks()
+
+
+def test_copies_and_files(tmp_path: Path) -> None:
+    given = {**models.inputs("llama"), "use_cache": False}
+    model = models.build("llama", "eager")
+    names = [*model.state_dict()]
+    with torch.no_grad():
+        expected = model(**given).logits
+        attn_rewriter.optimize(dispatch(model), compiler="eager")
+        model(**given)
+        copied = copy.deepcopy(model)
+        model.save_pretrained(tmp_path)
+        loaded = type(model).from_pretrained(tmp_path, attn_implementation="eager")
+        for p in model.parameters():
+            p.zero_()
+        for other in (copied, attn_rewriter.optimize(copied, compiler="eager"), loaded):
+            torch.testing.assert_close(other(**given).logits, expected)
+    assert [*model.state_dict()] == [*copied.state_dict()] == names
+    assert fused(attn_rewriter.report_of(copied)) == FUSED
+
+
+def test_generate() -> None:
+    given = {**models.inputs("llama", padding="left"), "max_new_tokens": 4, "do_sample": False}
+    model = models.build("llama", "eager")
+    expected = model.generate(**given)
+    attn_rewriter.optimize(dispatch(model), compiler="eager")
+    assert torch.equal(model.generate(**given), expected)
+    report = attn_rewriter.report_of(model)
+    assert report.n_fused == report.n_sites
+    assert not n_graph_breaks()
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "reference", "flex"])
+def test_a_mask_from_another_device(kernel: str) -> None:
+    """What a mask holds is read wherever it was made; what is then needed of it is moved to where attention is."""
+
+    def padded(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+        n = q.shape[-2]
+        keep = torch.ones(n, n, dtype=torch.bool).tril() & padding[:, None, None, :]
+        scores = q @ k.mT * 0.25
+        return scores.masked_fill(~keep.to(q.device), float("-inf")).softmax(-1) @ v
+
+    query, key, value = (torch.randn(2, 4, 8, 16, device="meta") for _ in range(3))
+    devices: list[torch.device] = []
+
+    def compiler(gm: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        (node,) = (node for node in gm.graph.nodes if "attn_rewriter" in node.meta)
+        given = tree_leaves([x.meta.get("example_value") for x in node.all_input_nodes])
+        devices.extend(x.device for x in given if isinstance(x, Tensor))
+        return gm.forward
+
+    function, report = rewritten(padded, kernel=kernel, compiler=compiler, device="cpu")
+    function(query, key, value, torch.ones(2, 8, dtype=torch.bool))
+    (site,) = report().sites
+    assert str(site.spec) == "scale 0.25, causal and key padding"
+    assert {device.type for device in devices} == {"meta"}
+
+
+def test_accelerate_is_not_imported() -> None:
+    """Whoever imports it later finds its hooks traced all the same."""
+    script = (
+        "import sys, attn_rewriter; assert 'accelerate' not in sys.modules; import accelerate.hooks as hooks;"
+        "print(hooks.AlignDevicesHook.pre_forward.__code__.co_filename)"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == attn_rewriter.device_map.__file__
+
+
+TWO = {**dict.fromkeys(BLOCKS[:3], 0), **dict.fromkeys(BLOCKS[3:], 1)}
+
+
+def on_one_gpu(name: str, dtype: torch.dtype, given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The logits of an eager model, and what they are in float64."""
+    with torch.no_grad():
+        eager = models.build(name, "eager", dtype).cuda()(**given).logits
+        with models.NothingNarrowed():
+            return eager, models.build(name, "eager", torch.float64).cuda()(**given).logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("padding", ["", "left"])
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+@pytest.mark.parametrize("devices", [pytest.param(n, marks=pytest.mark.gpu(n)) for n in (1, 2)])
+def test_gpus(devices: int, name: str, padding: str, dtype: torch.dtype) -> None:
+    given = {key: x.cuda() for key, x in models.inputs(name, padding).items()}
+    eager, truth = on_one_gpu(name, dtype, given)
+    model = models.build(name, "eager", dtype)
+    where = TWO if devices == 2 else dict.fromkeys(TWO, 0)
+    attn_rewriter.optimize(dispatch(model, where, main_device=0))
+    with torch.no_grad():
+        found = [model(**given).logits for _ in range(2)]
+    report = attn_rewriter.report_of(model)
+    assert report.n_fused == report.n_sites == 2, report
+    assert not n_graph_breaks()
+    kept = given.get("attention_mask", torch.ones_like(given["input_ids"])).bool()
+    for logits in found:
+        assert_as_accurate(logits[kept], eager[kept], truth[kept])
+    tokens = {**given, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    assert model.generate(**tokens).shape == (models.BATCH, models.LENGTH + 4)
+
+
+@pytest.mark.gpu(2)
+def test_auto(tmp_path: Path) -> None:
+    """`from_pretrained(device_map="auto")`, where the first GPU has no room for all of the model."""
+    given = {key: x.cuda() for key, x in models.inputs("llama", "left").items()}
+    eager, truth = on_one_gpu("llama", torch.float32, given)
+    saved = models.build("llama", "eager")
+    saved.save_pretrained(tmp_path)
+    size = sum(p.nbytes for p in saved.parameters())
+    room = {0: int(0.9 * size), 1: 10 * size}
+    model = type(saved).from_pretrained(tmp_path, attn_implementation="eager", device_map="auto", max_memory=room)
+    assert {str(p.device) for p in model.model.layers.parameters()} == {"cuda:0", "cuda:1"}
+    attn_rewriter.optimize(model)
+    with torch.no_grad():
+        logits = model(**given).logits
+    report = attn_rewriter.report_of(model)
+    assert report.n_fused == report.n_sites == 2, report
+    assert not n_graph_breaks()
+    kept = given["attention_mask"].bool()
+    assert_as_accurate(logits[kept], eager[kept], truth[kept])
+
+
+@pytest.mark.gpu
+def test_a_layer_in_main_memory() -> None:
+    given = {key: x.cuda() for key, x in models.inputs("llama").items()}
+    eager, truth = on_one_gpu("llama", torch.float32, given)
+    model = models.build("llama", "eager")
+    attn_rewriter.optimize(dispatch(model, dict.fromkeys(BLOCKS, 0) | {"model.layers.1": "cpu"}, main_device=0))
+    with torch.no_grad():
+        for _ in range(2):
+            assert_as_accurate(model(**given).logits, eager, truth)
+    first, *others = attn_rewriter.report_of(model).sites
+    assert first.kernel is not None and {site.kernel for site in others} == {None}

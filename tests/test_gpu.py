@@ -22,10 +22,7 @@ from tests.running import DRAWS, Exact, double, joined, rewritten, truth, with_g
 from tests.spellings import SPELLINGS, Spelling
 from tests.standins import PACKAGES
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 
 @contextmanager
@@ -329,3 +326,29 @@ def test_gradients_in_two_layouts(compiler: str, layout: str, kernels: list[str]
         fused, _ = rewritten(function, compiler=compiler, kernel=kernel)
         eager, exact = with_gradients(function, inputs), truth(function, inputs)
         assert_as_accurate(with_gradients(fused, inputs), eager, exact)
+
+
+@pytest.mark.gpu(2)
+@pytest.mark.parametrize("kernel", ["sdpa", "flex", "cudnn", "flash", "decode", *PACKAGES])
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+def test_a_gpu_that_is_not_the_current_one(compiler: str, kernel: str) -> None:
+    """Kernels run where their tensors are, after what is under way there; so do those that check and time them."""
+
+    def attention(q, k, v):
+        return (q @ k.mT * 64**-0.5).softmax(-1) @ v
+
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 4, n, 64, dtype=torch.bfloat16, device="cuda:1") for n in (16, 2048, 2048))
+    function, report = rewritten(attention, kernel=kernel, compiler=compiler, verify=True)
+    with torch.no_grad(), skipped_where_refused():
+        function(q, k, v)
+        late = torch.zeros_like(q)
+        with torch.cuda.device(1):
+            torch.cuda._sleep(100_000_000)
+            late.copy_(q)
+        torch.cuda.synchronize(0)  # which makes it CUDA's own current device
+        found = function(late, k, v)
+        assert_as_accurate(found, attention(q, k, v), attention(*double([q, k, v])))
+    (site,) = report().sites
+    assert site.kernel == kernel and site.verified
+    assert torch.cuda.current_device() == 0

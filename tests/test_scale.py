@@ -13,9 +13,7 @@ import torch
 
 from tests import scale
 
-two_gpus = pytest.param(
-    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")]
-)
+two_gpus = pytest.param("cuda", marks=pytest.mark.gpu(2))
 
 
 def run(table: str, folder: Path, device: str) -> None:

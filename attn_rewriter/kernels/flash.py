@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from attn_rewriter.device import Device
+from attn_rewriter.device import Device, made_current
 from attn_rewriter.errors import is_out_of_memory
 from attn_rewriter.kernels.base import Kernel, Limits, Tensors
 from attn_rewriter.kernels.blocks import TENSORS, block_mask, mask_names
@@ -313,7 +313,8 @@ def _flash_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     how = How(scale, softcap, left, right, dropout_p, parsed(mask), blocks, masks)
     given = _held(query), _held(key), _held(value)
-    passed = _computed("forward", forward, how, falls_back, lambda kernel: kernel.forward(*given, how), *given)
+    with made_current(query.device):
+        passed = _computed("forward", forward, how, falls_back, lambda kernel: kernel.forward(*given, how), *given)
     output, logsumexp, random = passed
     if sinks is not None:
         output, logsumexp = _with_sinks(output, logsumexp, sinks)
@@ -361,7 +362,8 @@ def _flash_attention_backward(
     kept = Kept(_held(query), _held(key), _held(value), output, logsumexp, random)
     gradient = _held(gradient)
     run = lambda kernel: kernel.backward(gradient, kept, how)  # noqa: E731
-    found = _computed("backward", backward, how, falls_back, run, *kept[:3])
+    with made_current(query.device):
+        found = _computed("backward", backward, how, falls_back, run, *kept[:3])
     return tuple(x.contiguous() for x in found)
 
 

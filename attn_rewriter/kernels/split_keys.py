@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from attn_rewriter.device import made_current
 from attn_rewriter.kernels import masking
 from attn_rewriter.kernels.masking import any_in_blocks, without_hidden
 
@@ -250,60 +251,61 @@ def _decode(
     pairs = (batch, num_kv_heads)
     largest, total = (query.new_empty((*scores[:3], splits), dtype=torch.float32) for _ in range(2))
     partial = query.new_empty((*scores[:3], splits, head_dim_v), dtype=torch.float32)
-    wrap_triton(attend_to_splits)[(batch * num_kv_heads, row_blocks, splits)](
-        query,
-        key,
-        value,
-        query if keep is None else keep,  # some pointer, where there is nothing to read
-        query if bias is None else bias,
-        blocks,
-        counts,
-        partial,
-        largest,
-        total,
-        *query.stride(),
-        *key.stride(),
-        *value.stride(),
-        *_strides(keep, scores),
-        *_strides(bias, scores),
-        *(_strides(blocks, (*pairs, blocks.size(-1)))[:2] if keep is not None else (0, 0)),
-        *(_strides(counts, pairs) if keep is not None else (0, 0)),
-        num_kv_heads,
-        kv_len,
-        splits,
-        Q_LEN=q_len,
-        GROUP=group,
-        HEAD_DIM=head_dim,
-        HEAD_DIM_V=head_dim_v,
-        SCALE=scale,
-        SOFTCAP=softcap,
-        FACTOR=factor,
-        ROWS=rows,
-        BLOCK=block,
-        D=d,
-        D_V=d_v,
-        KEEP_ROWS=_rows(keep, rows),
-        BIAS_ROWS=_rows(bias, rows),
-        num_warps=_WARPS,
-        num_stages=_STAGES,
-    )
-    output = query.new_empty((*scores[:3], head_dim_v))
-    wrap_triton(join_splits)[(batch * num_heads * q_len,)](
-        partial,
-        largest,
-        total,
-        query if sinks is None else sinks,
-        output,
-        *_strides(sinks, (*scores[:3], 1))[:3],
-        splits,
-        Q_LEN=q_len,
-        NUM_HEADS=num_heads,
-        HEAD_DIM_V=head_dim_v,
-        D_V=d_v,
-        SPLITS=_MAX_SPLITS,
-        SINKS=sinks is not None,
-        num_warps=_WARPS,
-    )
+    with made_current(query.device):
+        wrap_triton(attend_to_splits)[(batch * num_kv_heads, row_blocks, splits)](
+            query,
+            key,
+            value,
+            query if keep is None else keep,  # some pointer, where there is nothing to read
+            query if bias is None else bias,
+            blocks,
+            counts,
+            partial,
+            largest,
+            total,
+            *query.stride(),
+            *key.stride(),
+            *value.stride(),
+            *_strides(keep, scores),
+            *_strides(bias, scores),
+            *(_strides(blocks, (*pairs, blocks.size(-1)))[:2] if keep is not None else (0, 0)),
+            *(_strides(counts, pairs) if keep is not None else (0, 0)),
+            num_kv_heads,
+            kv_len,
+            splits,
+            Q_LEN=q_len,
+            GROUP=group,
+            HEAD_DIM=head_dim,
+            HEAD_DIM_V=head_dim_v,
+            SCALE=scale,
+            SOFTCAP=softcap,
+            FACTOR=factor,
+            ROWS=rows,
+            BLOCK=block,
+            D=d,
+            D_V=d_v,
+            KEEP_ROWS=_rows(keep, rows),
+            BIAS_ROWS=_rows(bias, rows),
+            num_warps=_WARPS,
+            num_stages=_STAGES,
+        )
+        output = query.new_empty((*scores[:3], head_dim_v))
+        wrap_triton(join_splits)[(batch * num_heads * q_len,)](
+            partial,
+            largest,
+            total,
+            query if sinks is None else sinks,
+            output,
+            *_strides(sinks, (*scores[:3], 1))[:3],
+            splits,
+            Q_LEN=q_len,
+            NUM_HEADS=num_heads,
+            HEAD_DIM_V=head_dim_v,
+            D_V=d_v,
+            SPLITS=_MAX_SPLITS,
+            SINKS=sinks is not None,
+            num_warps=_WARPS,
+        )
     return output
 
 
