@@ -14,6 +14,7 @@ from attn_rewriter.backend import Backend
 from attn_rewriter.choose import Request
 from attn_rewriter.device import Device
 from attn_rewriter.options import Compiler, Options
+from attn_rewriter.progress import name_of, working
 from attn_rewriter.report import Report
 from attn_rewriter.withhold import is_kept
 
@@ -83,10 +84,11 @@ def compile_in_place(model: nn.Module, backend: Backend, **options: Any) -> None
 def calling(model: Callable[..., Any]) -> Callable[..., Any]:
     """A function of this file that calls a model as it is, compiled or not."""
     call = model._call_impl if isinstance(model, nn.Module) else model
-    hooks = [vars(model)[name] for name in _HOOKS] if isinstance(model, nn.Module) else []
+    held = vars(model) if isinstance(model, nn.Module) else dict.fromkeys(_HOOKS, ())
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        sum(map(len, hooks))  # so that Dynamo guards on them: of a module's hooks it does not notice the first one
+        for name in _HOOKS:
+            len(held[name])  # so that Dynamo guards on them: of a module's hooks it does not notice the first one
         return call(*args, **kwargs)
 
     # Dynamo counts compilations, and remembers which sizes change, by code and by name: models must not share them.
@@ -129,7 +131,7 @@ def explain(
     backend = Backend(Options(kernel), device=imagined, dry=imagined is not None, looks=True)
     # A report of its own for each call: the many compilations of one function must not meet Dynamo's limit for them.
     unlimited = {"recompile_limit": 1 << 20, "accumulated_recompile_limit": 1 << 20}
-    with torch._dynamo.config.patch(unlimited):
+    with torch._dynamo.config.patch(unlimited), working(f"explaining {name_of(model)}"):
         torch.compile(calling(model), backend=backend)(*args, **kwargs)
     return backend.report
 

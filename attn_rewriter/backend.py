@@ -15,17 +15,23 @@ from torch.fx import GraphModule
 
 from attn_rewriter.buffers import Buffers, copied, forget, note
 from attn_rewriter.choose import requested
+from attn_rewriter.compilers import compiler_of, compiling
 from attn_rewriter.context_parallel import ring
 from attn_rewriter.device import Device
+from attn_rewriter.device_map import trace_moves
 from attn_rewriter.errors import RewriteError, is_out_of_memory
+from attn_rewriter.graph import graph_break
 from attn_rewriter.handed_on import handed_on
 from attn_rewriter.options import Options
+from attn_rewriter.packages import once_imported
 from attn_rewriter.pipeline import Checks, Settings, rewrite
 from attn_rewriter.report import Report
-from attn_rewriter.sites import Check
+from attn_rewriter.sites import Check, summary
 from attn_rewriter.verify import verify
+from attn_rewriter.withhold import returns_to_the_caller
 
 log = logging.getLogger("attn_rewriter")
+once_imported("accelerate.hooks", trace_moves)
 
 
 class Backend:
@@ -62,7 +68,7 @@ class Backend:
             keep_weights=None if keep_weights is None else tuple(keep_weights),
         )
         self._looks = looks
-        self._compile = _compiler(self.options)
+        self._compile = compiler_of(self.options)
         self._reports: list[Report] = []
 
     @property
@@ -74,21 +80,27 @@ class Backend:
         return self._guarded(gm, example_inputs, self._settings_for(gm), **kwargs)
 
     def _settings_for(self, gm: GraphModule) -> Settings:
-        """After a graph break, what a graph returns is what the model goes on with: all weights are wanted."""
-        reason = getattr(gm, "compile_subgraph_reason", None)
-        is_whole = reason is None or not reason.graph_break
+        """All weights are wanted but where they leave through the model's output: what a part of its graph returns,
+        or a function that Dynamo compiles by itself, is what the model goes on with."""
+        is_whole = not graph_break(gm.graph) and returns_to_the_caller()
         return self.settings if is_whole else replace(self.settings, keep_weights=None)
 
     def _guarded(
-        self, gm: GraphModule, example_inputs: Sequence[Any], settings: Settings, **kwargs: Any
+        self,
+        gm: GraphModule,
+        example_inputs: Sequence[Any],
+        settings: Settings,
+        weakly: bool = False,
+        **kwargs: Any,
     ) -> Callable[..., Any]:
-        """A graph whose inputs are read by value where that is possible, and checked at each call."""
+        """A graph whose inputs are read by value where that is possible, and checked at each call. Where they hold
+        something else, they are read `weakly`, and then not any more."""
         if ring() is not None:
             # Where Dynamo gives up, after too many compilations or an error, it runs the model as it is: here wrongly.
             torch._dynamo.config.fail_on_recompile_limit_hit = True
             torch._dynamo.config.suppress_errors = False
         original = copied(gm) if self._looks else gm
-        with Buffers(gm, example_inputs) as buffers:
+        with Buffers(gm, example_inputs, weakly) as buffers:
             masks = self._handed_on(gm)
             compiled = self._unguarded(gm, example_inputs, settings, **kwargs)
         if self._looks:
@@ -96,9 +108,11 @@ class Backend:
         compiled = noting(masks, compiled) if masks else compiled
         if masks or self._reports[-1].n_sites:
             # Traced once more, so that Dynamo's own guards watch over whatever its compilation takes for granted.
-            ways = (functools.partial(way, settings=settings) for way in (self._guarded, self._unguarded))
-            elsewhere, otherwise = (functools.partial(torch.compile, backend=way) for way in ways)
-            compiled = buffers.guarded(compiled, elsewhere, otherwise)
+            def again(way: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+                return functools.partial(torch.compile, backend=functools.partial(way, settings=settings, **options))
+
+            otherwise = again(self._unguarded) if weakly else again(self._guarded, weakly=True)
+            compiled = buffers.guarded(compiled, again(self._guarded), otherwise)
         return compiled
 
     def _unguarded(
@@ -135,7 +149,8 @@ class Backend:
         if self._looks:
             return gm.forward
         try:
-            return self._compile(gm, example_inputs, **kwargs)
+            with compiling(self.options.compiler, summary(report.sites) if report.sites else ""):
+                return self._compile(gm, example_inputs, **kwargs)
         except Exception as error:
             if not falls_back or not report.n_fused or not _is_a_failure(error):
                 raise
@@ -189,20 +204,6 @@ def noting(masks: Mapping[int, Any], compiled: Callable[..., Any]) -> Callable[.
         return outputs
 
     return call
-
-
-def _compiler(options: Options) -> Callable[..., Any]:
-    if callable(options.compiler):
-        return options.compiler
-    if options.compiler == "inductor":
-        # What torch.compile itself makes of its mode and options.
-        return torch._TorchCompileInductorWrapper(options.mode, dict(options.compiler_options), None)
-    given: dict[str, Any] = {}
-    if options.mode not in (None, "default"):
-        given["mode"] = options.mode
-    if options.compiler_options:
-        given["options"] = dict(options.compiler_options)
-    return functools.partial(torch._dynamo.lookup_backend(options.compiler), **given)
 
 
 def attn_rewriter(

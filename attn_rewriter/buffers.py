@@ -10,6 +10,10 @@ about the very tensor that it returns, at its version. Here too every call check
 Where nothing was proved but that it is a mask, as one that depends on the positions that a model is given, it is read
 as buffers are, once for each mask: the layers of a model share one.
 
+A graph is first compiled for what is held then, a causal mask say. Where a call finds something else, it is compiled
+once more, for all noted masks that hold zero and a number that masks, wherever they hold which; and then for any. (To
+the graph that is compiled once more, buffers are inputs like any other.)
+
 And what was rewritten within `context_parallel()` computes nothing else outside of it, nor the other way round: a call
 from elsewhere compiles the graph as it was before, there.
 
@@ -43,20 +47,41 @@ means to wait for its device."""
 
 @dataclass(frozen=True)
 class Contents:
-    """`inside` where `lower <= column - row <= upper` (None leaves a side open), `outside` elsewhere."""
+    """`inside` where `lower <= column - row <= upper` (None leaves a side open), `outside` elsewhere; or, `scattered`,
+    one of the two, anywhere."""
 
     inside: Any
     outside: Any = None
     lower: int | None = None
     upper: int | None = None
+    scattered: bool = False
+
+    def held_by(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor holds this."""
+        if not self.scattered:
+            return contents(tensor) == self
+        with torch.no_grad():
+            return bool(((tensor == self.inside) | (tensor == self.outside)).all())
 
 
-def contents(tensor: torch.Tensor) -> Contents | None:
-    """What a tensor holds, if it is one number or a banded matrix, or a batch of the same one."""
+def contents(tensor: torch.Tensor, weakly: bool = False) -> Contents | None:
+    """What a tensor holds, if it is one number or a banded matrix, or a batch of the same one; or if it is zero and one
+    negative number, as additive masks are (`weakly`: this alone)."""
     if type(tensor) is not torch.Tensor or tensor.layout != torch.strided or tensor.is_meta or tensor.numel() == 0:
         return None
-    if tensor.is_complex() or tensor.is_quantized:
+    if tensor.is_complex() or tensor.is_quantized or tensor.requires_grad:  # what is read gets no gradient
         return None
+    return (None if weakly else _banded(tensor)) or _scattered(tensor)
+
+
+def _scattered(tensor: torch.Tensor) -> Contents | None:
+    if not tensor.is_floating_point():
+        return None
+    found = Contents(0.0, tensor.min().item(), scattered=True)
+    return found if found.outside < 0 and found.held_by(tensor) else None
+
+
+def _banded(tensor: torch.Tensor) -> Contents | None:
     with torch.no_grad():
         matrix = tensor.reshape(-1, *(1, 1, *tensor.shape)[-2:])[0]
         if matrix.numel() != tensor.numel() and not torch.equal(tensor, matrix.expand_as(tensor)):
@@ -81,9 +106,10 @@ def contents(tensor: torch.Tensor) -> Contents | None:
 class Buffer:
     """One buffer among the inputs of a graph. `read` says what it holds, and from then on `holds` must be asked."""
 
-    def __init__(self, tensor: torch.Tensor, before_reading: Callable[[], None]) -> None:
+    def __init__(self, tensor: torch.Tensor, before_reading: Callable[[], None], weakly: bool = False) -> None:
         self._tensor: torch.Tensor | None = tensor
         self._before_reading = before_reading
+        self._weakly = weakly
         self._contents: Contents | None = None
         self._seen: Any = WeakIdKeyDictionary()
         self._retries = _RETRIES
@@ -92,7 +118,7 @@ class Buffer:
     def read(self) -> Contents | None:
         if self._tensor is not None:
             mark = _mark(self._tensor)
-            self._contents = contents(self._tensor) if mark is not None else None
+            self._contents = contents(self._tensor, self._weakly) if mark is not None else None
             self._seen[self._tensor] = mark
             self._tensor = None
         if self._contents is not None and not self.is_read:
@@ -107,7 +133,8 @@ class Buffer:
             return False
         if self._seen.get(tensor) == mark:
             return True
-        if not self._retries or contents(tensor) != self._contents:
+        assert self._contents is not None
+        if not self._retries or not self._contents.held_by(tensor):
             self._retries = max(0, self._retries - 1)
             return False
         self._seen[tensor] = mark
@@ -165,7 +192,7 @@ class HandedOn:
 class Buffers:
     """The buffers and the known masks among the inputs of a graph, which `buffer_of` finds while it is rewritten."""
 
-    def __init__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> None:
+    def __init__(self, gm: GraphModule, example_inputs: Sequence[Any], weakly: bool = False) -> None:
         self.gm = gm
         self.original: GraphModule | None = None
         self._ring = ring()
@@ -173,10 +200,10 @@ class Buffers:
         self._buffers: dict[int, Buffer | HandedOn] = {}
         for i, (node, given) in enumerate(zip(self._inputs, example_inputs)):
             held = noted(given)
-            if isinstance(held, Contents):
+            if isinstance(held, Contents) and not weakly:
                 self._buffers[i] = HandedOn(held, self._keep_original)
-            elif type(given) is torch.Tensor and (held is UNPROVED or _is_buffer(node)):
-                self._buffers[i] = Buffer(given, self._keep_original)
+            elif type(given) is torch.Tensor and (held is not None or _is_buffer(node)):
+                self._buffers[i] = Buffer(given, self._keep_original, weakly)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             self._keep_original()
 
@@ -196,7 +223,7 @@ class Buffers:
 
     def guarded(self, compiled: Compiled, compile_elsewhere: Recompile, compile_original: Recompile) -> Compiled:
         """A call of `compiled` where all that was read still holds. Within another ring, or none, the original graph is
-        compiled there; where an input holds something else, it is compiled without reading it."""
+        compiled there; where an input holds something else, `compile_original` compiles it."""
         original, here = self.original, self._ring
         trusted = [(i, buffer) for i, buffer in self._buffers.items() if buffer.is_read]
         others: dict[Ring | None, Compiled] = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -16,9 +16,21 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from attn_rewriter.context_parallel import ring
 from attn_rewriter.errors import Refusal, Refused, refuse
 from attn_rewriter.find import Site
-from attn_rewriter.graph import Call, Facts, describe_node, is_inplace, is_pure, looks_at_shape_only, shape, tensor
+from attn_rewriter.graph import (
+    Call,
+    Facts,
+    describe_node,
+    graph_break,
+    guarded,
+    is_inplace,
+    is_pure,
+    looks_at_shape_only,
+    shape,
+    tensor,
+)
 from attn_rewriter.patterns.axes import Atom, Dim, Dims, backward, extent, fresh, leaves
 from attn_rewriter.patterns.masks import MaskReader, axes
 from attn_rewriter.patterns.match import Matcher
@@ -38,7 +50,9 @@ from attn_rewriter.spec import (
     Scale,
     ScaleBy,
     Shapes,
+    Size,
     Softcap,
+    at_most,
     conjunction,
     is_masking,
     same,
@@ -75,7 +89,8 @@ class Layout:
 @dataclass(frozen=True)
 class Description:
     """A site, read. `operands` maps the spec's names, and query, key and value, to the graph; `output` are the
-    dimensions of the site's output; `interior` are the nodes that become dead with it."""
+    dimensions of the site's output; `interior` are the nodes that become dead with it. `shapes.kv_len` counts the keys
+    up to the last one that is seen: of a static cache, a prompt sees as many as it has queries."""
 
     spec: AttentionSpec
     shapes: Shapes
@@ -306,7 +321,8 @@ class _Reading:
             for user in node.users:
                 if user not in inside and not looks_at_shape_only(user, node):
                     what = "weights" if node in late else "scores"
-                    how = "returned" if user.op == "output" else f"used by {describe_node(user)}"
+                    is_output = user.op == "output"
+                    how = f"returned{graph_break(user.graph)}" if is_output else f"used by {describe_node(user)}"
                     refuse("describe", f"the attention {what} are also {how}", user)
 
     # -- operands -----------------------------------------------------------------------------------------------
@@ -371,7 +387,14 @@ class _Reading:
         for name, state in operands.items():
             if not state.atoms <= {atom for dim in layout.of(name) for atom in leaves(dim)}:
                 refuse("describe", f"the {name} has an axis that does not belong to it", state.node)
-        return Description(spec, self._shapes(spec, layout, operands, score_dtype), operands, layout, output, interior)
+        shapes = self._shapes(spec, layout, operands, score_dtype)
+        if ring() is None:  # else these are the keys of one process, and the mask is that of all
+            shapes = replace(shapes, kv_len=spec.keep.reach(shapes.q_len, shapes.kv_len, self._at_most))
+        return Description(spec, shapes, operands, layout, output, interior)
+
+    def _at_most(self, a: Size, b: Size) -> bool:
+        """Whether `a <= b`, now and for as long as this graph is called: other sizes are compiled anew."""
+        return at_most(a, b) or (not at_most(b, a) and guarded(a, b, self.site.output))
 
     def _without_column(self, steps: Steps, after: Steps, key: Dim, sink: float | None) -> tuple[Steps, Any]:
         """The steps without the column of the sinks, and the sinks: a name, a number or None."""

@@ -16,7 +16,7 @@ from attn_rewriter.errors import Refusal, Refused, refuse
 from attn_rewriter.find import Site
 from attn_rewriter.graph import Facts, call, size, tensor
 from attn_rewriter.kernels import Kernel
-from attn_rewriter.patterns.axes import Step, plan
+from attn_rewriter.patterns.axes import Step, extent, plan
 from attn_rewriter.spec import Size, same
 from attn_rewriter.splice import Splice, run
 
@@ -79,9 +79,23 @@ class Operands(Mapping[Any, Any]):
                 return held
             if name in _PRODUCT or name in self._found.spec.numeric:
                 held = self._as_type(held, self._found.shapes.dtype)
+            elif (device := self._device("query")) != self._device(name):  # a mask was read through a move
+                held = held.to(device)
             steps = plan(state.dims, self._found.layout.of(name), broadcast=name not in _PRODUCT)
-            self._made[name] = arrange(held, steps, self._size)
+            held = arrange(held, steps, self._size)
+            kv_len, keys = self._found.shapes.kv_len, extent(self._found.layout.key)
+            if not same(kv_len, keys):
+                seen = slice(self._size(kv_len))
+                if name in ("key", "value"):
+                    held = held[:, :, seen]
+                elif any(atom.axis == "key" for atom in state.atoms):
+                    held = held[..., seen]
+            self._made[name] = held
         return self._made[name]
+
+    def _device(self, name: str) -> torch.device | None:
+        value = tensor(self._found.operands[name].node)
+        return None if value is None else value.device
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._found.operands)

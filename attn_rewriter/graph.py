@@ -16,9 +16,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import sympy
 import torch
 import torch.nn.functional as F
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, StrictMinMaxConstraint
 from torch.utils._sympy.functions import Max, Min
 
 from attn_rewriter.errors import refuse
@@ -68,7 +70,7 @@ nan_to_num(input, nan=None, posinf=None, neginf=None): torch.nan_to_num .nan_to_
 cat(tensors, dim=0): torch.cat torch.concat torch.concatenate
 pad(input, pad, mode="constant", value=None): F.pad torch._C._nn.pad
 chunk(input, chunks, dim=0): torch.chunk .chunk
-cast(input): .to .type .type_as .float .half .bfloat16 .double .bool .int .long ._to_copy
+cast(input): .to .type .type_as .float .half .bfloat16 .double .bool .int .long ._to_copy .cpu .cuda
 detach(input): torch.detach .detach
 copy(input): torch.clone .clone .contiguous
 permute(input, *dims): torch.permute .permute
@@ -235,6 +237,34 @@ def _settled(expression: Any, env: Any) -> Any:
     return expression.xreplace({choice: known.lower for choice, known in ranges.items() if known.is_singleton()})
 
 
+def guarded(a: Size, b: Size, node: Node) -> bool:
+    """Whether `a <= b` in this run, where Dynamo guards on it from now on; `node` is any of the graph. No, if the sizes
+    are among the data, or where a guard is an error: Dynamo was told which values they take, or would settle on one."""
+    mode = getattr(tensor(node), "fake_mode", None)
+    env = mode.shape_env if mode is not None else None
+    if env is None:
+        return False
+    room = sympy.sympify(b - a)
+    known = env.bound_sympy(room)
+    if known.lower < 0 and (known.upper == 0 or room.free_symbols & _with_a_range(env)):
+        return False
+    try:
+        return bool(env.evaluate_expr(sympy.Le(a, b)))
+    except GuardOnDataDependentSymNode:
+        return False
+
+
+def _with_a_range(env: Any) -> set[sympy.Symbol]:
+    """The sizes of which `mark_dynamic` has said between what they are."""
+    found: set[sympy.Symbol] = set()
+    for tracked in env.tracked_fakes or ():
+        constraints = getattr(tracked.symbolic_context, "constraint_sizes", ())
+        for n, constraint in zip(getattr(tracked.fake, "shape", ()), constraints):
+            if isinstance(constraint, StrictMinMaxConstraint) and isinstance(n, torch.SymInt):
+                found |= n.node.expr.free_symbols
+    return found
+
+
 def shape(node: Node) -> tuple[Size, ...]:
     """A node's shape; refuses where Dynamo recorded none."""
     value = tensor(node)
@@ -289,8 +319,11 @@ def _normalise(found: Call, node: Node) -> Call | None:
         return Call(name, {"input": args["input"], "index": index})
     if name == "reshape" and (tensor(node) is None or value is None or tensor(node).dtype != value.dtype):  # type: ignore[union-attr]
         return None
-    if name == "cast" and (tensor(node) is None or value is None or tensor(node).device != value.device):  # type: ignore[union-attr]
-        return None
+    if name == "cast":
+        cast = tensor(node)
+        if cast is None or value is None:
+            return None
+        return found if cast.device == value.device else Call("move", found.args)
     if name == "where_method":
         return Call("where", args)
     if name == "cat" and len(args["tensors"]) == 2:
@@ -598,7 +631,8 @@ def _same_view(a: Node, b: Node) -> bool:
 # Where a node comes from, in the words of the user's model
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in ')
-_ROOT = re.compile(r"^L\['\w+'\](?:\.(?:__self__|fn|_orig_mod|_old_forward)\b)*\.?")
+_ROOT = re.compile(r"^L\['\w+'\](?:\.(?:__self__|fn|_orig_mod|_old_forward|args\[0\])(?!\w))*\.?")
+_HOOKED = re.compile(r"\b(?:_old_forward\.__self__|forward\.args\.0)\.")  # how accelerate's hooks reach a module
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
@@ -612,7 +646,17 @@ def module_path(node: Node) -> str:
     """The dotted path of the module whose forward made a node, as in `model.named_modules()`."""
     paths = [entry[0] for entry in (node.meta.get("nn_module_stack") or {}).values()]
     path = _ROOT.sub("", paths[-1]) if paths else ""
-    return re.sub(r"\['?(\w+)'?\]", r".\1", path).replace("_modules.", "").replace("__dict__.", "").lstrip(".")
+    path = re.sub(r"\['?(\w+)'?\]", r".\1", path).replace("_modules.", "").replace("__dict__.", "")
+    return _HOOKED.sub("", path).lstrip(".")
+
+
+def graph_break(graph: Graph) -> str:
+    """Where a graph ends because Dynamo gave up, in words; empty where it goes on to its end."""
+    reason = getattr(graph.owning_module, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return ""
+    places = [f" at {f.filename}:{f.lineno}" for f in reason.user_stack if not f.filename.startswith(_HERE)]
+    return " into a graph break" + "".join(places[-1:])
 
 
 def describe_node(node: Node) -> str:

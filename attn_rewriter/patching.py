@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import inspect
-import sys
 import threading
 from collections.abc import Callable, Mapping
 from types import ModuleType, TracebackType
@@ -19,7 +15,9 @@ from torch import nn
 
 from attn_rewriter.api import calling, compile_in_place
 from attn_rewriter.backend import Backend
+from attn_rewriter.buffers import UNPROVED, note
 from attn_rewriter.options import Options
+from attn_rewriter.packages import once_imported
 from attn_rewriter.report import Report
 
 _MODELS, _GENERATION = "transformers.modeling_utils", "transformers.generation.utils"
@@ -34,8 +32,8 @@ class Patch:
         self._undo: list[Callable[[], None]] = []
         self._inside = threading.local()
         self._set(torch, "compile", functools.wraps(torch.compile)(functools.partial(self._compile, torch.compile)))
-        self._once_imported(_MODELS, self._patch_models)
-        self._once_imported(_GENERATION, self._patch_generation)
+        self._undo.append(once_imported(_MODELS, self._patch_models))
+        self._undo.append(once_imported(_GENERATION, self._patch_generation))
 
     @property
     def report(self) -> Report:
@@ -54,14 +52,6 @@ class Patch:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         unpatch(self)
-
-    def _once_imported(self, name: str, then: Callable[[ModuleType], None]) -> None:
-        if name in sys.modules:
-            then(sys.modules[name])
-            return
-        finder = _AfterImport(name, then)
-        sys.meta_path.insert(0, finder)
-        self._undo.append(finder.remove)
 
     def _set(self, owner: Any, name: str, value: Any) -> None:
         self._undo.append(functools.partial(setattr, owner, name, owner.__dict__[name]))
@@ -99,19 +89,13 @@ class Patch:
         return model
 
     def _patch_generation(self, module: ModuleType) -> None:
-        """A static cache is made before the prompt that fills it. Made within a compiled prompt, it would not be marked
-        as staying where it is, and the graph of a new token, which writes into it, would run without CUDA graphs."""
-        prepare = module.GenerationMixin.__dict__.get("_prepare_static_cache")
-        if prepare is None or "prefill_chunk_size" not in inspect.signature(prepare).parameters:
-            return  # another version: slower at worst
-
-        @functools.wraps(prepare)
-        def early(model: Any, *args: Any, prefill_chunk_size: int | None = None, **kwargs: Any) -> Any:
-            if prefill_chunk_size is None and model in _in_place:
-                prefill_chunk_size = 1  # any number says that prompts are compiled
-            return prepare(model, *args, prefill_chunk_size=prefill_chunk_size, **kwargs)
-
-        self._set(module.GenerationMixin, "_prepare_static_cache", early)
+        """What makes `generate` fast; on another version of transformers it is slower at worst."""
+        prepare_inputs = module.GenerationMixin.__dict__.get("prepare_inputs_for_generation")
+        if prepare_inputs is not None:
+            self._set(module.GenerationMixin, "prepare_inputs_for_generation", _with_masks_noted(prepare_inputs))
+        prepare_cache = module.GenerationMixin.__dict__.get("_prepare_static_cache")
+        if prepare_cache is not None and "prefill_chunk_size" in inspect.signature(prepare_cache).parameters:
+            self._set(module.GenerationMixin, "_prepare_static_cache", _before_its_prompt(prepare_cache))
 
     def _patch_models(self, module: ModuleType) -> None:
         for name in ("from_pretrained", "_from_config"):
@@ -139,31 +123,36 @@ class Patch:
         return wrapper
 
 
-class _AfterImport(importlib.abc.MetaPathFinder):
-    """Calls a function on a module as soon as someone imports it."""
+def _before_its_prompt(prepare: Callable[..., Any]) -> Callable[..., Any]:
+    """A static cache is made before the prompt that fills it. Made within a compiled prompt, it would not be marked as
+    staying where it is, and the graph of a new token, which writes into it, would run without CUDA graphs."""
 
-    def __init__(self, name: str, then: Callable[[ModuleType], None]) -> None:
-        self.name, self.then = name, then
+    @functools.wraps(prepare)
+    def early(model: Any, *args: Any, prefill_chunk_size: int | None = None, **kwargs: Any) -> Any:
+        if prefill_chunk_size is None and model in _in_place:
+            prefill_chunk_size = 1  # any number says that prompts are compiled
+        return prepare(model, *args, prefill_chunk_size=prefill_chunk_size, **kwargs)
 
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        if fullname != self.name:
-            return None
-        self.remove()
-        spec = importlib.util.find_spec(fullname)
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
+    return early
 
-        def execute_then(module: ModuleType) -> None:
-            execute(module)
-            self.then(module)
 
-        spec.loader.exec_module = execute_then  # type: ignore[method-assign]
-        return spec
+def _with_masks_noted(prepare: Callable[..., Any]) -> Callable[..., Any]:
+    """A prompt's masks may be looked at: for a static cache they are made outside of what is compiled. (Those of single
+    tokens differ from one to the next, and looking takes time.)"""
 
-    def remove(self) -> None:
-        if self in sys.meta_path:
-            sys.meta_path.remove(self)
+    @functools.wraps(prepare)
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        given = prepare(*args, **kwargs)
+        if torch.compiler.is_compiling():  # the masks are made by a graph
+            return given
+        for name in ("attention_mask", "decoder_attention_mask"):
+            masks = given.get(name)
+            for mask in masks.values() if isinstance(masks, dict) else (masks,):  # by kinds of layers
+                if isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.size(-2) > 1:
+                    note(mask, UNPROVED)
+        return given
+
+    return noted
 
 
 _patches: list[Patch] = []

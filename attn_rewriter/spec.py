@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Any, Union
 
 import sympy
@@ -82,6 +82,10 @@ class Predicate:
     def within(self, q_len: Size, kv_len: Size) -> Predicate:
         """The simplest predicate that agrees with this one on `q_len` queries and `kv_len` keys."""
         return self
+
+    def reach(self, q_len: Size, kv_len: Size, at_most: Callable[[Size, Size], bool] = at_most) -> Size:
+        """Up to how many of the `kv_len` keys, counted from the first, `q_len` queries may see; at least one."""
+        return kv_len
 
 
 @lru_cache
@@ -310,6 +314,10 @@ class Band(Predicate):
             lower = None
         return EVERY_KEY if lower is None and upper is None else Band(lower, upper)
 
+    def reach(self, q_len: Size, kv_len: Size, at_most: Callable[[Size, Size], bool] = at_most) -> Size:
+        last = kv_len if self.upper is None else _plain(q_len + self.upper)
+        return last if at_most(1, last) and at_most(last, kv_len) else kv_len
+
     def __str__(self) -> str:
         if self.lower is None:
             return "causal" if self.upper == 0 else f"causal, offset {self.upper}"
@@ -420,6 +428,9 @@ class And(Predicate):
 
     def within(self, q_len: Size, kv_len: Size) -> Predicate:
         return conjunction(term.within(q_len, kv_len) for term in self.terms)
+
+    def reach(self, q_len: Size, kv_len: Size, at_most: Callable[[Size, Size], bool] = at_most) -> Size:
+        return reduce(lambda seen, term: term.reach(q_len, seen, at_most), self.terms, kv_len)
 
     def __str__(self) -> str:
         return " and ".join(str(term) for term in self.terms)

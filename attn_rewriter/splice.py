@@ -127,12 +127,12 @@ def run(node: Node, mode: Any, value_of: Callable[[Node], Any] = lambda node: no
         return target(*args, **kwargs)
 
 
-_VIEWS = {"permute", "reshape", "expand", "getitem", "cast"}
+_VIEWS = {"permute", "reshape", "expand", "getitem", "cast", "move"}
 
 
 def share(facts: Facts) -> None:
-    """Let each of the equal views, and of the equal calls of functions with `is_shared`, that were put into a graph be
-    computed once: layers have the same mask."""
+    """Let each of the equal views and moves, and of the equal calls of functions with `is_shared`, that were put into a
+    graph be computed once: layers have the same mask."""
     first: dict[Any, Node] = {}
     for node in [*facts.inserted]:
         found = facts.call(node)
@@ -140,8 +140,14 @@ def share(facts: Facts) -> None:
             continue
         if node._erased or not all(map(facts.unchanged, (node, *node.all_input_nodes))):
             continue
-        key = (node.target, repr(node.args), repr(node.kwargs), facts.region(node))
+        key = (node.target, repr(torch.fx.map_arg((node.args, node.kwargs), _told_apart)), facts.region(node))
         held = first.setdefault(key, node)
         if held is not node:
             node.replace_all_uses_with(held)
             facts.graph.erase_node(node)
+
+
+def _told_apart(node: Node) -> Any:
+    """A node; but a device or a size that was asked of one tensor is the same as that of another."""
+    value = node.meta.get("example_value")
+    return value if isinstance(value, (torch.device, torch.SymInt)) else node

@@ -203,13 +203,33 @@ class MaskReader:
         if node.op == "placeholder":
             given = facts.argument(node)
             if given is None or facts.outer is None or facts.caller is None:
-                return _buffer(facts, node, at)
+                return self._buffer(facts, node, at)
             return self.read(facts.outer, given, at, facts.caller)
         call = facts.call(node)
         rule = _RULES.get(call.name) if call is not None else None
         if call is None or rule is None:
             raise Unreadable(f"{node.target}")
         return rule(self, facts, node, call, at)
+
+    def _buffer(self, facts: Facts, node: Node, at: tuple[Index, ...]) -> Value:
+        """The contents of a registered buffer, which the models of GPT-2's time have for their masks, or of a mask that
+        was made elsewhere."""
+        buffer = buffer_of(node)
+        held = buffer.read() if buffer is not None and facts.unchanged(node) else None
+        if held is None:
+            raise Unreadable("an input of the graph")
+        inside: Predicate = EVERY_KEY
+        if held.scattered:
+            dims = _whole(at, shape(node))
+            if dims is None:
+                raise Unreadable("a part of what is masked here and there")
+            inside = TensorMask((node, dims), axes(dims), additive=True)
+        row, column = (Index(), Index(), *at)[-2:]
+        if held.lower is not None:
+            inside &= compare(column + -row, Index(held.lower), "ge")
+        if held.upper is not None:
+            inside &= compare(column + -row, Index(held.upper), "le")
+        return _as_dtype(_where(inside, Index(held.inside), Index(held.outside)), _dtype(node))
 
     def _opaque(self, node: Node, dims: Dims | None) -> Value:
         """What nothing more is known about: a tensor's booleans or integers, if it is read whole and straight."""
@@ -315,21 +335,6 @@ def _kept(value: Value, dtype: torch.dtype) -> Predicate | None:
     return None
 
 
-def _buffer(facts: Facts, node: Node, at: tuple[Index, ...]) -> Value:
-    """The contents of a registered buffer, which the models of GPT-2's time have for their masks."""
-    buffer = buffer_of(node)
-    held = buffer.read() if buffer is not None and facts.unchanged(node) else None
-    if held is None:
-        raise Unreadable("an input of the graph")
-    row, column = (Index(), Index(), *at)[-2:]
-    inside: Predicate = EVERY_KEY
-    if held.lower is not None:
-        inside &= compare(column + -row, Index(held.lower), "ge")
-    if held.upper is not None:
-        inside &= compare(column + -row, Index(held.upper), "le")
-    return _as_dtype(_where(inside, Index(held.inside), Index(held.outside)), _dtype(node))
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # One rule for each operation: (reader, facts, node, call, coordinates) -> value
 
@@ -370,7 +375,7 @@ def filled(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[I
     return _as_dtype(reader.argument(facts, node, fill, at), _dtype(node))
 
 
-@_reads("cast")
+@_reads("cast", "move")
 def cast(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
     return _as_dtype(reader.argument(facts, node, call["input"], at), _dtype(node))
 

@@ -385,6 +385,8 @@ def test_contents(matrix: Tensor, inside: Any, outside: Any, lower: int | None, 
         torch.ones(3, 3).tril().index_put((torch.tensor(2), torch.tensor(1)), torch.tensor(0.0)),
         torch.empty(0, 3),
         torch.arange(5),
+        torch.ones(3, 3).tril().requires_grad_(),  # what is read gets no gradient
+        torch.tensor([[0.0, -1e9], [-1e9, 0.0], [0.0, 0.0]]).requires_grad_(),
     ],
 )
 def test_contents_that_say_nothing(matrix: Tensor) -> None:

@@ -51,6 +51,28 @@ def test_no_more_recompilations_than_without(name: str, device: str | None) -> N
         assert_as_accurate(result, eager, exact)
 
 
+@pytest.mark.parametrize(("room", "most", "kv_len"), [(9, 20, "9"), (9, None, "s"), (30, 20, "s"), (2, None, "2")])
+def test_lengths_that_were_promised(room: int, most: int | None, kv_len: str) -> None:
+    """Keys that no query sees are cut off where Dynamo may guard on the number of queries: where `mark_dynamic` says
+    that it may be another, or any, to guard is an error."""
+
+    def attention(q: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
+        later = torch.arange(cache.shape[1]) > torch.arange(q.shape[1])[:, None]
+        return (q @ cache.mT).masked_fill(later, float("-inf")).softmax(-1) @ cache
+
+    torch._dynamo.reset()
+    backend = Backend(Options(compiler="eager", strict=True))
+    compiled = torch.compile(attention, backend=backend)
+    generator = torch.Generator().manual_seed(0)
+    cache = torch.randn(2, room, 8, generator=generator)
+    for q_len in (2, 7, 12):
+        q = torch.randn(2, q_len, 8, generator=generator)
+        torch._dynamo.mark_dynamic(q, 1, min=None if most is None else 2, max=most)
+        assert_as_accurate(compiled(q, cache), attention(q, cache), attention(q.double(), cache.double()))
+    first = backend.report.sites[0]
+    assert first.shapes is not None and str(first.shapes.kv_len).startswith(kv_len)
+
+
 def test_softcap_of_any_length_on_cpu() -> None:
     """FlexAttention as Inductor compiles it, with an offset that only the run knows."""
 

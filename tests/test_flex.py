@@ -80,6 +80,29 @@ def test_an_additive_mask_that_nobody_can_look_into(lowest: float) -> None:
     assert_as_accurate(fused, attention(*inputs), truth(attention, inputs)[0])
 
 
+@pytest.mark.parametrize("kv_len", [8, 12])
+def test_layers_share_a_block_mask(kv_len: int) -> None:
+    """Also where they see as many of the keys as there are queries."""
+
+    def layers(x: Tensor, keys: Tensor, padding: Tensor) -> Tensor:
+        keep = (torch.arange(kv_len) <= torch.arange(8)[:, None]) & padding[:, None, None]
+        for _ in range(3):
+            x = (x @ keys.mT).masked_fill(~keep, float("-inf")).softmax(-1) @ keys
+        return x
+
+    graphs: list[torch.fx.GraphModule] = []
+
+    def compiler(gm: torch.fx.GraphModule, inputs: object) -> object:
+        graphs.append(gm)
+        return gm.forward
+
+    function, _ = rewritten(layers, kernel="flex", compiler=compiler)
+    with torch.no_grad():
+        function(torch.randn(2, 4, 8, 16), torch.randn(2, 4, kv_len, 16), torch.ones(2, kv_len, dtype=torch.bool))
+    names = [getattr(node.target, "__name__", "") for node in graphs[0].graph.nodes]
+    assert (names.count("block_mask"), names.count("flex_attention")) == (1, 3)
+
+
 def test_a_bias_of_each_head_is_no_mask() -> None:
     def axes(bias: Tensor) -> tuple[str, ...]:
         q = torch.randn(2, 4, 8, 16)

@@ -72,14 +72,15 @@ def opened(mask: Tensor) -> None:
 
 
 class Sometimes:
-    """Opens a mask at some calls and not at others, which no graph sees."""
+    """Opens a mask, or does something else to it, at some calls and not at others, which no graph sees."""
 
-    now = False
+    def __init__(self, what: Callable[[Tensor], Any] = opened) -> None:
+        self.what, self.now = what, False
 
     @torch._dynamo.disable
     def __call__(self, mask: Tensor) -> None:
         if self.now:
-            opened(mask)
+            self.what(mask)
 
 
 TOGETHER, APART = torch.arange(N)[None], torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
@@ -156,6 +157,29 @@ def test_another_mask() -> None:
     for positions in (APART, TOGETHER):
         assert_right(model, positions)
     assert not any("causal" in words for words in said(model))
+
+
+def test_here_and_there() -> None:
+    """A tensor that is added and holds zero and one number that masks is a mask, wherever it holds which; one that
+    holds anything else is added."""
+
+    def by_position_added(positions: Tensor) -> Tensor:
+        return torch.zeros(2, 1, N, N).masked_fill(~by_position(positions), torch.finfo().min)
+
+    model = optimized(by_position_added, nothing)
+    for positions in (APART, TOGETHER, APART):
+        assert_right(model, positions)
+    assert said(model) == ["mask tensor [batch, query, key]"] * 2
+    model = optimized(by_position_added, nothing)
+    for positions in (TOGETHER, APART, TOGETHER):
+        assert_right(model, positions)
+    assert said(model) == ["causal"] * 2 + ["mask tensor [batch, query, key]"] * 2
+    for written, more in ((0.0, []), (-1.0, ["bias"] * 2)):
+        sometimes = Sometimes(lambda mask, written=written: mask[..., 2, 0].fill_(written))
+        model = optimized(by_position_added, sometimes)
+        for sometimes.now in (False, True):
+            assert_right(model, APART)
+        assert said(model) == ["mask tensor [batch, query, key]"] * 2 + more
 
 
 def test_masks_of_others_are_not_looked_at() -> None:

@@ -87,6 +87,12 @@ def set_class(module: nn.Module, cls: type) -> None:
     module.__class__ = cls
 
 
+def hooks_replaced(model: nn.Module) -> None:
+    """What libraries do that put hooks aside for a while."""
+    model._forward_hooks = OrderedDict()
+    model.register_forward_hook(twice)
+
+
 def normed(model: nn.Module) -> None:
     parametrizations.weight_norm(model.layers[0].qkv)
     model.layers[0].qkv.parametrizations.weight.original0.data.mul_(2)
@@ -95,6 +101,7 @@ def normed(model: nn.Module) -> None:
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "nothing": lambda model: None,
     "a forward hook": lambda model: model.register_forward_hook(twice),
+    "all forward hooks replaced": hooks_replaced,
     "a forward pre-hook": lambda model: model.register_forward_pre_hook(lambda _, args: (args[0] * 2,)),
     "a weight written": lambda model: model.layers[0].qkv.weight.data.mul_(2),
     "a weight replaced": lambda model: setattr(model.layers[0].qkv, "weight", nn.Parameter(torch.randn(96, 32))),

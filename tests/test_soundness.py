@@ -255,6 +255,15 @@ class _Module(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("causal", torch.ones(48, 48, dtype=torch.bool, device=DEVICE).tril()[None, None])
+        generator = torch.Generator("cpu").manual_seed(0)
+        for n, m in {(s.q_len, s.kv_len) for s in SIZES}:
+            drop = (normal((n, m), generator) > 0) & (torch.arange(m, device=DEVICE) > 0)
+            self.register_buffer(f"scattered_{n}_{m}", torch.zeros(n, m, device=DEVICE).masked_fill(drop, -1e9))
+
+    def scattered(self, s: Tensor) -> Tensor:
+        """A mask that is added, of the sizes of scores; causal where there is none."""
+        n, m = s.shape[-2:]
+        return getattr(self, f"scattered_{n}_{m}", -1e9 * ~self.causal[0, 0, :n, :m])
 
 
 MODULE = _Module()
@@ -303,6 +312,8 @@ MASKS: dict[str, Callable[[Tensor, Inputs], Tensor]] = {
     "a window from an offset": lambda s, x: (_grid(s)[1] - _grid(s)[0] - x.offset).abs() <= 1,
     "a buffer": lambda s, x: MODULE.causal[:, :, : s.shape[-2], : s.shape[-1]],
     "a buffer from the end": lambda s, x: MODULE.causal[0, 0, -s.shape[-2] :, -s.shape[-1] :] != 0,
+    "a buffer of numbers": lambda s, x: MODULE.scattered(s) == 0,
+    "a buffer of numbers and tril": lambda s, x: torch.minimum(MODULE.scattered(s), -1e9 * ~_ones(s).tril()) > -1,
     "a buffer and padding": lambda s, x: (
         MODULE.causal[..., : s.shape[-2], : s.shape[-1]].bool() & x.padding[:, None, None]
     ),
@@ -1168,6 +1179,13 @@ def negative_scale_and_a_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def einsum_over_a_repeated_axis(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """einsum sums over an axis that one operand has in size 1."""
     return (torch.einsum("bhqd,bhkd->bhqk", q, k) * 0.3).softmax(-1) @ v
+
+
+@bug(k=(2, 4, 1, 8), v=(2, 4, 9, 8), bias=(6, 9))
+def one_key_for_all_values(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """A repeated key is cut where the values are that no query sees."""
+    mask = torch.ones(6, 9, dtype=torch.bool).triu(1)
+    return (q @ k.expand(-1, -1, 9, -1).mT + bias).masked_fill(mask, float("-inf")).softmax(-1) @ v
 
 
 @bug()

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, BertConfig, CompileConfig, LlamaConfig
+from transformers import AutoModel, AutoModelForCausalLM, BertConfig, CompileConfig, LlamaConfig, StaticCache
 
 import attn_rewriter
 from attn_rewriter import Backend, Device, Options, RewriteError
@@ -249,12 +249,55 @@ def test_the_cache_of_a_compiled_prompt_stays_where_it_is() -> None:
     assert written == [[True] * 4] * 2  # keys and values of two layers, in the graphs of the prompt and of a token
 
 
+def test_masks_of_prompts_are_looked_at() -> None:
+    """For a static cache `generate` makes them outside of what is compiled, as tensors that are added: what they say is
+    seen, and prompts attend to no more of the cache than they fill."""
+    ids = torch.randint(3, 99, (2, 9))
+    whole, padded = torch.ones_like(ids), torch.ones_like(ids)
+    padded[1, :4] = 0
+    compiling: Any = CompileConfig(backend="inductor")
+    compiling._compile_all_devices = True
+    options = {"cache_implementation": "static", "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    eager = AutoModelForCausalLM.from_config(LLAMA, attn_implementation="eager").eval()
+    with attn_rewriter.patch(compiler="eager", strict=True) as patched:
+        model = AutoModelForCausalLM.from_config(LLAMA, attn_implementation="eager").eval()
+        model.load_state_dict(eager.state_dict())
+        for mask in (whole, padded, whole, padded):
+            tokens = model.generate(ids, attention_mask=mask, compile_config=compiling, **options)
+            assert torch.equal(tokens, eager.generate(ids, attention_mask=mask, **options))
+    found = [(str(site.spec), site.shapes.q_len, site.shapes.kv_len) for site in patched.report.sites]
+    scale, room = "scale 0.3536", 12
+    assert (
+        found[::2]
+        == found[1::2]
+        == [  # of two layers
+            (f"{scale}, causal", 9, 9),
+            (f"{scale}, mask tensor [batch, query, key]", 9, room),
+            (f"{scale}, bias", 1, room),
+        ]
+    )
+
+
+def test_making_masks_is_compiled_as_ever() -> None:
+    """Also where nothing but a whole graph will do."""
+    ids = torch.randint(3, 99, (2, 5))
+
+    def prepared(model: Any) -> Any:
+        cache = StaticCache(config=LLAMA, max_cache_len=8)
+        given = {"past_key_values": cache, "attention_mask": torch.ones_like(ids), "cache_position": torch.arange(5)}
+        return model.prepare_inputs_for_generation(ids, is_first_iteration=True, **given)["attention_mask"]
+
+    with attn_rewriter.patch(compiler="eager"):
+        model = AutoModelForCausalLM.from_config(LLAMA, attn_implementation="eager")
+        assert prepared(model).ndim == 4
+        torch.testing.assert_close(torch.compile(prepared, backend="eager", fullgraph=True)(model), prepared(model))
+
+
 def _copied_into(node: torch.fx.Node) -> bool:
     return any(user.target == "index_copy_" for user in node.users)
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_new_tokens_after_a_compiled_prompt_are_cuda_graphs() -> None:
     ids = torch.randint(99, (2, 9), device="cuda")
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
