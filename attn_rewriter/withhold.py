@@ -6,17 +6,25 @@ attention can be fused. They are on the device "meta": whoever computes with the
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
+from types import FrameType
+from typing import Any
 
 import torch
+from torch._dynamo import convert_frame, eval_frame
 from torch.fx import Node
+from torch.nn.modules import module
 
 from attn_rewriter.find import after, find
 from attn_rewriter.graph import Facts, module_path, tensor
 from attn_rewriter.splice import run
 
 _COPIES = {"cast", "copy", "detach", "permute", "reshape"}
+
+_CALLBACKS = {convert_frame.CatchErrorsWrapper.__call__.__code__}
+"""What Python calls in place of a function that is to be compiled."""
 
 
 def withhold(facts: Facts, keep: Sequence[str]) -> bool:
@@ -32,6 +40,27 @@ def withhold(facts: Facts, keep: Sequence[str]) -> bool:
         empty.meta["example_value"] = run(empty, getattr(held, "fake_mode", None))
         output.replace_input_with(node, empty)
     return bool(unwanted)
+
+
+def returns_to_the_caller() -> bool:
+    """Whether what the function being compiled returns is handed on to who called the model: nothing else runs between
+    them. (transformers runs a model's outer layers as they are while it collects weights.)"""
+    frame: Any = sys._getframe()
+    while frame is not None and frame.f_code not in _CALLBACKS:
+        frame = frame.f_back
+    frame = frame and frame.f_back
+    while frame is not None and _hands_on(frame):
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_filename == eval_frame.__file__
+
+
+def _hands_on(frame: FrameType) -> bool:
+    """Whether code is known to return what it is given: that of optimized models, of modules without hooks, and that of
+    transformers."""
+    name = frame.f_globals.get("__name__", "")
+    if name == module.__name__:
+        return not (frame.f_locals["self"]._forward_hooks or module._global_forward_hooks)
+    return name == "attn_rewriter.api" or name.startswith("transformers.")
 
 
 def _weights(facts: Facts, keep: Sequence[str]) -> Iterator[Node]:

@@ -80,6 +80,57 @@ def test_what_is_computed_from_weights_is_right(uses: Any) -> None:
         torch.testing.assert_close(x, y)
 
 
+class Attention(nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weights = (x @ x.mT).softmax(-1)
+        return weights @ x, weights
+
+
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Attention()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return used(self.inner, x)
+
+
+@torch._dynamo.disable(recursive=False)
+def used(inner: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Runs as it is, while what it calls is compiled by itself."""
+    output, weights = inner(x)
+    return output * weights.sum()
+
+
+class Hooked(nn.Module):
+    """Dynamo does not trace its hook."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Attention()
+        self.inner.register_forward_hook(torch._dynamo.disable(lambda module, given, found: found[0] * found[1].sum()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("made", [Outer, Hooked])
+def test_what_is_compiled_by_itself_keeps_its_weights(made: type[nn.Module]) -> None:
+    torch._dynamo.reset()
+    x = torch.randn(1, 2, 9, 16)
+    model = attn_rewriter.optimize(made(), compiler="eager", keep_weights=[])
+    torch.testing.assert_close(model(x), made()(x))
+    assert [site.kernel for site in attn_rewriter.report_of(model).sites] == [None]
+
+
+@pytest.mark.parametrize("what", [Attention(), Attention().forward], ids=["module", "function"])
+def test_what_is_handed_to_the_compiler_does_not(what: Any) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(what, backend="attn_rewriter", options={"compiler": "eager", "keep_weights": []})
+    assert compiled(torch.randn(1, 2, 9, 16))[1].is_meta
+
+
 def test_training_with_weights_withheld() -> None:
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         weights = (q @ k.mT).softmax(-1)
