@@ -18,6 +18,7 @@ from attn_rewriter.device import Device
 from attn_rewriter.kernels import KERNELS
 from attn_rewriter.packages import version
 from attn_rewriter.patching import patch
+from attn_rewriter.progress import working
 from attn_rewriter.spec import AttentionSpec, Band, Bias, Mask, Scale, Shapes, Softcap, TensorMask
 
 _PACKAGES = ("torch", "triton", "transformers", "flash-attn", "flash-attn-3", "flash-attn-4", "attn-rewriter")
@@ -65,15 +66,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _add_benchmarks(bench: argparse.ArgumentParser) -> None:
-    from attn_rewriter.bench import (  # which no other command needs
-        attention,
-        decode,
-        families,
-        generate,
-        llama,
-        masks,
-        parallel,
-    )
+    with working("importing the benchmarks"):  # which no other command needs
+        from attn_rewriter.bench import attention, decode, families, generate, llama, masks, parallel
 
     benchmarks = bench.add_subparsers(dest="benchmark", required=True)
     for module in (attention, masks, decode, llama, families, generate, parallel):

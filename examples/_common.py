@@ -91,14 +91,14 @@ def compare(model: nn.Module, inputs: Mapping[str, Tensor], *, train: bool) -> l
         return call(model, inputs, train=train)
 
     runs = {"eager": eager, "rewritten": rewritten}
-    with working("Running in float64"):
+    with working("running in float64"):
         truth = call_in_float64(model, inputs, train=train)
     before = attn_rewriter.report_of(model)
-    with working("Compiling"):
+    with working("running for the first time"):
         first_seconds = [seconds_of(run) for run in runs.values()]
     after = attn_rewriter.report_of(model)
     fused = "", f"{after.n_fused - before.n_fused}/{after.n_sites - before.n_sites} fused"
-    with working("Measuring"):
+    with working("measuring"):
         errors = [differences(run(), truth) for run in runs.values()]
         peak_bytes = [peak_bytes_of(run) for run in runs.values()]
         rounds = [[seconds_of(run) for run in runs.values()] for _ in range(RUNS)]

@@ -20,12 +20,12 @@ import torch
 from _common import add_options, byte_ids
 from models import GPT
 from rich import box
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
 
 import attn_rewriter
 from attn_rewriter.bench.measure import console, positive
+from attn_rewriter.progress import working
 
 
 class Run:
@@ -64,14 +64,12 @@ def main() -> None:
 
     samples = byte_ids().unfold(0, args.seq_len + 1, 1)
     batches = samples[torch.randint(len(samples), (args.steps, args.batch_size))].to(args.device)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("compiling", total=args.steps)
+    with working("compiling", total=args.steps) as line:
         for batch in batches:
             for run in (*eager, rewritten):
                 run.step(batch)
             losses = f"loss: eager {eager[0].losses[-1]:.3f}, rewritten {rewritten.losses[-1]:.3f}"
-            progress.update(task, advance=1, description=losses)
+            line.advance(losses)
 
     print(attn_rewriter.report_of(model))
     console.print(loss_table(eager, rewritten))

@@ -33,15 +33,14 @@ def main() -> None:
     args = arguments()
     torch.manual_seed(0)
     transformers.logging.disable_progress_bar()
-    with working("Loading the model"):
+    with working("loading the model"):
         model, ids = pretrained(args) if args.model else random_llama(args)
     model = model.to(args.device).eval()  # eval: without dropout, so that runs can be compared
     model.config.use_cache = False
     seq_len = min(args.seq_len, model.config.max_position_embeddings)
     inputs = {"input_ids": windows(ids, args.batch_size, seq_len).to(args.device)}
 
-    with working("Explaining the model"):
-        report = attn_rewriter.explain(model, **inputs)
+    report = attn_rewriter.explain(model, **inputs)
     print(report)
 
     attn_rewriter.optimize(model, kernel=args.kernel)

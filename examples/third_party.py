@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 import attn_rewriter
 from attn_rewriter.bench.measure import console
-from attn_rewriter.progress import working
 
 
 def main() -> None:
@@ -28,8 +27,7 @@ def main() -> None:
     for name, (model, inputs) in third_party_models().items():
         model = model.to(args.device)
         inputs = {key: x.to(args.device) for key, x in inputs.items()}
-        with working(f"Explaining {name}"):
-            report = attn_rewriter.explain(model, **inputs)
+        report = attn_rewriter.explain(model, **inputs)
         console.rule(name)
         print(report)
         attn_rewriter.optimize(model, kernel=args.kernel)

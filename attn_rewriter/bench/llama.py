@@ -35,7 +35,6 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -118,33 +117,6 @@ ROWS = {
 # ------------------------------------------------------------------------------------------ columns
 
 
-@dataclass(frozen=True)
-class Column:
-    """A workload, and the batch and length it is done for."""
-
-    workload: str
-    batch: int
-    tokens: int
-
-    def __str__(self) -> str:
-        return f"{self.workload}-{self.batch}x{self.tokens}"
-
-    @classmethod
-    def parse(cls, text: str) -> Column:
-        """An argparse type: what `str` makes of a column."""
-        match = re.fullmatch(rf"({'|'.join(WORKLOADS)})-([1-9]\d*)x([1-9]\d*)", text)
-        if not match:
-            raise argparse.ArgumentTypeError(f"{text!r} is not like prefill-1x2048, train-4x2048, decode-8x8192")
-        return cls(match[1], int(match[2]), int(match[3]))
-
-    def llama(self, layers: int, hidden: int) -> models.Llama:
-        """Llama-2-7B's sizes, or Llama-3-8B's for decode; a smaller hidden size keeps their ratios."""
-        heads = hidden // (128 if hidden % 1024 == 0 else 16)
-        if self.workload == "decode":
-            return models.Llama(min(layers, 4), hidden, hidden * 14336 // 4096, heads, max(heads // 4, 1))
-        return models.Llama(layers, hidden, hidden * 11008 // 4096, heads, heads)
-
-
 Step = Callable[[], Tensor]
 
 
@@ -211,6 +183,21 @@ WORKLOADS: dict[str, Callable[[Any, int, int], Step]] = {
     "train": train,
     "decode": decode,
 }
+
+
+class Column(models.Column):
+    """A workload, and the batch and length it is done for."""
+
+    kinds = tuple(WORKLOADS)
+
+    def llama(self, layers: int, hidden: int) -> models.Llama:
+        """Llama-2-7B's sizes, or Llama-3-8B's for decode; a smaller hidden size keeps their ratios."""
+        heads = hidden // (128 if hidden % 1024 == 0 else 16)
+        if self.kind == "decode":
+            return models.Llama(min(layers, 4), hidden, hidden * 14336 // 4096, heads, max(heads // 4, 1))
+        return models.Llama(layers, hidden, hidden * 11008 // 4096, heads, heads)
+
+
 COLUMNS = (
     Column("prefill", 1, 2048),
     Column("prefill", 1, 8192),
@@ -249,7 +236,7 @@ def measure(
     column: Column, row: Row, sizes: models.Llama, device: str, dtype: torch.dtype, compiler: str, repeat: int
 ) -> Cell:
     """One cell, from empty caches."""
-    row.check(column.workload)
+    row.check(column.kind)
     from transformers import AttentionInterface
 
     AttentionInterface.register("by_hand", by_hand)
@@ -258,7 +245,7 @@ def measure(
     if row.compiled:
         models.compile_in_place(model, row.rewrite, compiler)
     torch.manual_seed(1)
-    step = WORKLOADS[column.workload](model, column.batch, column.tokens)
+    step = WORKLOADS[column.kind](model, column.batch, column.tokens)
     try:
         with models.from_scratch(device, compiler), torch._dynamo.config.patch(suppress_errors=row.may_break):
             answer, cell = time_step(step, sample, repeat, patience=run.PATIENCE, settle_s=SETTLE_S)
@@ -343,7 +330,7 @@ def repeated_kv(results: Results) -> Iterator[str]:
     setup = results.data["setup"]
     for name, cells in results.data["cells"].items():
         column, base = Column.parse(name), cells.get("hand", {})
-        if column.workload != "decode" or "gib" not in base:
+        if column.kind != "decode" or "gib" not in base:
             continue
         llama = column.llama(setup["layers"], setup["hidden"])
         heads, itemsize = llama.num_attention_heads, getattr(torch, setup["dtype"]).itemsize
@@ -375,7 +362,7 @@ def plot(results: Results, path: Path) -> None:
                 if value is None or base is None:
                     height, text = 0.0, OUT_OF_MEMORY if cell.get("failed") == OUT_OF_MEMORY else ""
                 else:
-                    height, text = min(value / base, 5), f"{value:.4g}"
+                    height, text = min(value / base, 5), f"{value:.3g}" if value < 1000 else f"{value:.0f}"
                 panel.bar(at, height, width * 0.92, color=f"C{i}")
                 panel.text(at, height + 0.05, text, rotation=90, ha="center", va="bottom", fontsize=7)
         panel.axhline(1, color="black", linewidth=0.8)
@@ -385,7 +372,9 @@ def plot(results: Results, path: Path) -> None:
     panels[0].set_title("Time", loc="left", fontsize=10)
     panels[1].set_title("Peak memory over the weights (bars end at 5 ×)", loc="left", fontsize=10)
     panels[1].set_xticks(range(len(columns)), columns)
-    panels[0].legend(ncols=2, frameon=False, fontsize=8, loc="upper left")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), ncols=3, frameon=False, fontsize=8, loc="outside lower center"
+    )
     figure.suptitle(", ".join(f"{name} {value}" for name, value in results.data["setup"].items()), fontsize=9)
     figure.savefig(path, dpi=150)
 

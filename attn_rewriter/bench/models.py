@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections import Counter
+from collections.abc import Collection
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,9 @@ from attn_rewriter.api import optimize
 from attn_rewriter.bench import run
 from attn_rewriter.bench.measure import Cell
 from attn_rewriter.report import Report
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # of Python 3.10 as well
 
 PARTS = (1, 3000 / 4096, 1 / 2, 1 / 4)
 
@@ -38,6 +43,29 @@ class Llama:
     def head_dim(self) -> int:
         """Features of a head."""
         return self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True)
+class Column:
+    """What is done, one of `kinds`, and the batch and length it is done for."""
+
+    kind: str
+    batch: int
+    tokens: int
+    kinds: ClassVar[Collection[str]]
+
+    def __str__(self) -> str:
+        return f"{self.kind}-{self.batch}x{self.tokens}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """An argparse type: what `str` makes of a column."""
+        match = re.fullmatch(rf"({'|'.join(cls.kinds)})-([1-9]\d*)x([1-9]\d*)", text)
+        if not match:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not like {next(iter(cls.kinds))}-2x4096, with one of {', '.join(cls.kinds)}"
+            )
+        return cls(match[1], int(match[2]), int(match[3]))
 
 
 def setup(options: argparse.Namespace) -> dict[str, Any]:

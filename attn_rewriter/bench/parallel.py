@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -62,38 +61,31 @@ WORKLOADS = ("train", "prefill")
 SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
-@dataclass(frozen=True)
-class Column:
+class Column(models.Column):
     """An engine, what is done, and the batch and length it is done for."""
 
-    engine: str
-    workload: str
-    batch: int
-    tokens: int
+    kinds = tuple(f"{engine}-{workload}" for engine, workload in product(ENGINES, WORKLOADS))
 
-    def __str__(self) -> str:
-        return f"{self.engine}-{self.workload}-{self.batch}x{self.tokens}"
+    @property
+    def engine(self) -> str:
+        return self.kind.partition("-")[0]
 
-    @classmethod
-    def parse(cls, text: str) -> Column:
-        """An argparse type: what `str` makes of a column."""
-        match = re.fullmatch(rf"({'|'.join(ENGINES)})-({'|'.join(WORKLOADS)})-([1-9]\d*)x([1-9]\d*)", text)
-        if not match:
-            raise argparse.ArgumentTypeError(f"{text!r} is not like fsdp-train-2x8192, tp-prefill-1x8192")
-        return cls(match[1], match[2], int(match[3]), int(match[4]))
+    @property
+    def workload(self) -> str:
+        return self.kind.partition("-")[2]
 
 
 COLUMNS = (
-    Column("fsdp", "train", 2, 4096),
-    Column("fsdp", "train", 2, 8192),
-    Column("tp", "train", 1, 8192),
-    Column("tp", "prefill", 1, 16384),
-    Column("one", "train", 1, 8192),
-    Column("cp", "train", 1, 8192),
-    Column("cp", "train", 1, 65536),
-    Column("cp", "prefill", 1, 65536),
+    Column("fsdp-train", 2, 4096),
+    Column("fsdp-train", 2, 8192),
+    Column("tp-train", 1, 8192),
+    Column("tp-prefill", 1, 16384),
+    Column("one-train", 1, 8192),
+    Column("cp-train", 1, 8192),
+    Column("cp-train", 1, 65536),
+    Column("cp-prefill", 1, 65536),
 )
-TINY_COLUMNS = tuple(Column(engine, workload, 2, 32) for engine, workload in product(ENGINES, WORKLOADS))
+TINY_COLUMNS = tuple(Column(kind, 2, 32) for kind in Column.kinds)
 
 
 @dataclass(frozen=True)

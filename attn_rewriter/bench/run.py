@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from attn_rewriter.api import optimize, report_of
 from attn_rewriter.bench.measure import (
@@ -28,6 +27,7 @@ from attn_rewriter.bench.measure import (
 from attn_rewriter.errors import KernelUnavailable
 from attn_rewriter.kernels import KERNELS, named
 from attn_rewriter.packages import version
+from attn_rewriter.progress import working
 
 NAMED = tuple(name for name in KERNELS if name != "reference")
 PATIENCE = 5.0
@@ -137,22 +137,20 @@ def fill(results: Results, tasks: Sequence[Task], setup: Callable[[], dict[str, 
     """Measure the cells that are not in the results yet, until the limit; a line for each."""
     started = time.perf_counter()
     wanted = [task for task in tasks if not results.has(task.column, task.row)]
-    columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("", total=len(wanted))
+    with working("measuring", total=len(wanted)) as line:
         for i, task in enumerate(wanted):
             if limit_s is not None and time.perf_counter() - started >= limit_s:
                 console.print(f"{len(wanted) - i} cells are left, after {limit_s:g} s")
                 break
             if i == 0:
                 results.begin(setup())
-            progress.update(bar, description=f"{task.column}: {task.row}")
+            line.say(f"{task.column}: {task.row}")
             cell = attempt(task.measure)
             results.put(task.column, task.row, cell)
             console.print(f"{task.column}: {in_words(task.row, cell)}", markup=False, highlight=False, soft_wrap=True)
             if "report" in cell:
                 console.print(cell["report"], markup=False)
-            progress.advance(bar)
+            line.advance()
 
 
 def in_words(row: str, cell: Cell) -> str:

@@ -1,0 +1,64 @@
+"""What compiles the rewritten graphs, and what is shown while it does."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch._dynamo.callback import CallbackArgs, CallbackTrigger, callback_handler
+from torch._guards import CompileContext
+
+from attn_rewriter.options import Options
+from attn_rewriter.progress import name_of, working
+
+
+def compiler_of(options: Options) -> Callable[..., Any]:
+    """The compiler that the options name, with its own mode and options: it takes a graph and example inputs."""
+    if callable(options.compiler):
+        return options.compiler
+    if options.compiler == "inductor":
+        # What torch.compile itself makes of its mode and options.
+        return torch._TorchCompileInductorWrapper(options.mode, dict(options.compiler_options), None)
+    given: dict[str, Any] = {}
+    if options.mode not in (None, "default"):
+        given["mode"] = options.mode
+    if options.compiler_options:
+        given["options"] = dict(options.compiler_options)
+    return functools.partial(torch._dynamo.lookup_backend(options.compiler), **given)
+
+
+@contextmanager
+def compiling(compiler: object, what: str) -> Iterator[None]:
+    """While a graph is compiled; its backward pass, which PyTorch compiles when it first runs, is shown then."""
+    with working(f"compiling with {name_of(compiler)}" + (f", {what}" if what else "")):
+        yield
+    _show_backward()
+
+
+_awaited: set[str] = set()
+"""The compilations of graphs whose backward pass PyTorch compiles when it first runs."""
+
+_backward = ExitStack()
+
+
+def _show_backward() -> None:
+    """Show the compilation of a backward pass as that of its graph, which is being compiled."""
+    _awaited.add(str(CompileContext.current_compile_id()))
+    for callbacks, callback in (
+        (callback_handler.start_callbacks, _backward_begins),
+        (callback_handler.end_callbacks, _backward_ends),
+    ):
+        if callback not in callbacks:  # any more: `torch._dynamo.reset()` forgets them
+            callbacks.append(callback)
+
+
+def _backward_begins(args: CallbackArgs) -> None:
+    if args.callback_trigger is CallbackTrigger.LAZY_BACKWARD and args.compile_id in _awaited:
+        _backward.enter_context(working("compiling the backward pass"))
+
+
+def _backward_ends(args: CallbackArgs) -> None:
+    _backward.close()
