@@ -1,7 +1,7 @@
 """Tiny models that know nothing of a rewriter: of several libraries, of torch itself, and as people write them.
 
-timm and vit-pytorch import torchvision, of which there may be no build beside this PyTorch. Their models use nothing of
-it, so that where it is missing, empty classes stand in for it in the test process while they are imported.
+timm, vit-pytorch and open_clip import torchvision, of which there may be no build beside this PyTorch. Their models use
+nothing of it, so that where it is missing, empty classes stand in for it in the test process while they are imported.
 """
 
 from __future__ import annotations
@@ -433,6 +433,56 @@ TORCH = {
     ),
 }
 
+# -- open_clip
+
+
+class Contrastive(nn.Module):
+    """Two towers and their loss, as open_clip's own training calls them."""
+
+    def __init__(self, tower: str, loss: str, vision: dict[str, Any], text: dict[str, Any], **config: Any) -> None:
+        super().__init__()
+        vision = {"layers": 2, "width": 32, "head_width": 8, "patch_size": 4, "image_size": 12, **vision}
+        text = {"layers": 2, "width": 32, "heads": 4, "vocab_size": 50, "context_length": 11, **text}
+        self.towers = made(f"open_clip.{tower}", embed_dim=32, vision_cfg=vision, text_cfg=text, **config)
+        weights = {"caption_loss_weight": 1.0, "clip_loss_weight": 1.0} if loss == "CoCaLoss" else {}
+        self.loss = made(f"open_clip.loss.{loss}", **weights)
+
+    def forward(self, image: Tensor, text: Tensor) -> Any:
+        found = self.towers(image, text)
+        return (self.loss(**found) if isinstance(found, dict) else self.loss(*found)), found
+
+
+def _clip(*args: Any, **config: Any) -> Callable[[], nn.Module]:
+    return lambda: Contrastive(*args, **config)
+
+
+_PAIRS = both(floats(image=(3, 3, 12, 12)), lambda g: {"text": torch.randint(1, 50, (3, 11), generator=g)})
+_POOLED = {"attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 3}
+OPEN_CLIP = {
+    "clip": Model(_clip("CLIP", "ClipLoss", {}, {}), _PAIRS, {HEAD8: 2, _CAUSAL: 2}, training=True),
+    "siglip": Model(
+        _clip("CLIP", "SigLipLoss", {}, {"no_causal_mask": True, "pool_type": "last"}, init_logit_bias=-1.0),
+        _PAIRS,
+        {HEAD8: 4},
+        training=True,
+    ),
+    "qk_norm": Model(
+        _clip("CLIP", "ClipLoss", {"qk_norm": True, "scale_heads": True}, {"qk_norm": True}),
+        _PAIRS,
+        {HEAD8: 2, _CAUSAL: 2},
+        training=True,
+    ),
+    "coca": Model(
+        _clip(
+            "coca_model.CoCa", "CoCaLoss", {**_POOLED, "output_tokens": True}, {"output_tokens": True},
+            multimodal_cfg={"width": 32, "heads": 4, "layers": 1, "context_length": 10, "dim_head": 8},
+        ),
+        _PAIRS,
+        {HEAD8: 4, _CAUSAL: 3},
+        training=True,
+    ),
+}  # fmt: skip
+
 # -- as people write it
 
 
@@ -584,6 +634,7 @@ MODELS = {
         "timm": TIMM,
         "x_transformers": X_TRANSFORMERS,
         "vit_pytorch": VIT_PYTORCH,
+        "open_clip": OPEN_CLIP,
         "torch": TORCH,
         "written": WRITTEN,
     }.items()
