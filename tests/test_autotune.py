@@ -23,7 +23,7 @@ import attn_rewriter
 from attn_rewriter import Report, autotune
 from attn_rewriter.device import Device
 from tests.accuracy import assert_as_accurate
-from tests.running import with_gradients
+from tests.running import double, with_gradients
 from tests.standins import installed
 
 
@@ -52,7 +52,7 @@ def tuned(given: list[Tensor], **options: Any) -> Report:
     options = {"autotune": True, **options}
     function = attn_rewriter.optimize(attention, dynamic=False, **options)
     with torch.set_grad_enabled(given[0].requires_grad):
-        torch.testing.assert_close(function(*given), attention(*given))
+        assert_as_accurate(function(*given), attention(*given), attention(*double(given)))
     return attn_rewriter.report_of(function)
 
 
@@ -354,7 +354,8 @@ autotune.usable = lambda *args, **kwargs: ("sdpa", "reference")
 print("ready", flush=True)
 sys.stdin.readline()
 for length in map(int, sys.argv[1:]):
-    given = [torch.randn(shape) for shape in [(2, 3, length, 16)] * 3 + [(3, length, length)]]
+    shapes = [(2, 3, length, 16)] * 3 + [(3, length, length)]
+    given = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
     function = attn_rewriter.optimize(attention, autotune=True, compiler="aot_eager", dynamic=False)
     torch.testing.assert_close(function(*given), attention(*given))
     (site,) = attn_rewriter.report_of(function).sites
