@@ -192,10 +192,11 @@ def test_llama(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
 def test_families(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "families.json"
     command = ["bench", "families", *TINY, "--compiler", "aot_eager", "--json", str(file), "--markdown"]
-    assert main([*command, "--families", "t5", "--columns", "forward"]) == 0
-    measured = cells(file)["t5 forward"]
-    assert measured["rewritten"]["fused"] == measured["rewritten"]["sites"] == 6
-    assert max(cell["off_by"] for cell in measured.values()) < 1e-5
+    assert main([*command, "--families", "t5", "pixart", "--columns", "forward"]) == 0
+    t5, pixart = (cells(file)[f"{name} forward"] for name in ("t5", "pixart"))
+    assert t5["rewritten"]["fused"] == t5["rewritten"]["sites"] == 6 and "sdpa" not in t5
+    assert pixart["rewritten"]["fused"] == pixart["rewritten"]["sites"] == 4 and "sites" not in pixart["sdpa"]
+    assert max(cell["off_by"] for cell in [*t5.values(), *pixart.values()]) < 1e-5
     assert "| 6/6: sdpa 6 |" in capsys.readouterr().out
 
 
