@@ -576,7 +576,10 @@ class _Reading:
             used |= dict.fromkeys(spec.numeric, output.dtype)
         dtypes: list[torch.dtype] = [output.dtype]
         wide: list[torch.dtype] = []
+        learned: list[str] = []
         for name, state in operands.items():
+            if name in spec.numeric and (like := tensor(state.node)) is not None and like.requires_grad:
+                learned.append(name)
             if state.dtype is not None and (name in used or name in spec.numeric):
                 narrower = name in used and torch.promote_types(state.dtype, used[name]) != used[name]
                 (dtypes if name in _PRODUCT else wide).append(used[name] if narrower else state.dtype)
@@ -594,6 +597,7 @@ class _Reading:
             dtype=reduce(torch.promote_types, wide, product_dtype),
             product_dtype=product_dtype,
             needs_backward=output.requires_grad,
+            learned=tuple(sorted(learned)) if output.requires_grad else (),
         )
 
 

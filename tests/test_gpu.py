@@ -199,7 +199,7 @@ def test_logsumexp(kernel: str) -> None:
     if reason := missing(KERNELS[kernel].distribution, KERNELS[kernel].module, KERNELS[kernel].at_least):
         pytest.skip(reason)
     q, k, v = (torch.randn(2, 256, 4, 64, dtype=torch.bfloat16, device="cuda") for _ in range(3))
-    _, found, _ = flash_attention(q, k, v, None, [], [], kernel, kernel, 0.125, 0.0, -1, 0, 0.0, "None", False)
+    _, found, _ = flash_attention(q, k, v, None, [], [], [], kernel, kernel, 0.125, 0.0, -1, 0, 0.0, "None", False)
     exact = _scores(q.transpose(1, 2).double(), k.transpose(1, 2).double(), None, 0).logsumexp(-1)
     assert found.shape == exact.shape
     torch.testing.assert_close(found.double(), exact, atol=1e-3, rtol=0)
