@@ -600,7 +600,7 @@ def process(rank: int, folder: Path, table: str, device: str) -> None:
     dist.init_process_group(
         "gloo" if device == "cpu" else "nccl",
         f"file://{folder / 'store'}",
-        timedelta(seconds=60),
+        timedelta(seconds=300),
         world_size=WORLD,
         rank=rank,
     )
