@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from attn_rewriter import Device
 from attn_rewriter import measured as measured_tables
-from attn_rewriter.bench import attention, decode, generate, llama, masks, parallel, run
+from attn_rewriter.bench import attention, decode, generate, llama, masks, models, parallel, run
 from attn_rewriter.bench.measure import OUT_OF_MEMORY, Results, attempt, rich_table
 from attn_rewriter.cli import main
 from attn_rewriter.errors import KernelUnavailable
@@ -183,6 +185,7 @@ def test_llama(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
         assert column["rewritten"]["fused"] == column["rewritten"]["sites"] == 2
         assert float(llama.difference(column["rewritten"], column["sdpa"])) < 1e-5
         assert column["hand"].get("refused") == ("takes no padding" if "padded" in name else None)
+    assert re.search(r"rewritten +│ +[1-9]\d* +│ +0 ", capsys.readouterr().out)  # tokens, and TFLOP, in a second
     monkeypatch.setattr(llama, "measure", never)
     capsys.readouterr()
     assert main([*command, "--rows", "rewritten", "--markdown"]) == 0
@@ -247,6 +250,16 @@ def test_the_models_of_the_readme(
     assert line in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"a model needs transformers: pip install 'attn-rewriter\[bench\]'"):
         main(["bench", name, *TINY, "--json", str(tmp_path / "file.json")])
+
+
+def test_operations_of_a_training_step() -> None:
+    """Counted one by one: those of all products, and with a mask that leaves out nothing twice as many for attention."""
+    sizes = models.Llama(2, 64, 96, 4, 2, vocab_size=32)
+    model, ids = models.build(sizes, "cpu", torch.float32), torch.zeros(1, 16, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(ids, labels=ids, use_cache=False).loss.backward()
+    attention = 6 * sizes.num_hidden_layers * sizes.hidden_size * 16
+    assert sizes.training_flops(16) == counter.get_total_flops() / 16 - attention
 
 
 def test_equal_tokens() -> None:
