@@ -253,7 +253,7 @@ def test_the_models_of_the_readme(
 
 
 def test_operations_of_a_training_step() -> None:
-    """Counted one by one: those of all products, and with a mask that leaves out nothing twice as many for attention."""
+    """As counted one by one, where eager attention computes twice as much as half of a mask keeps."""
     sizes = models.Llama(2, 64, 96, 4, 2, vocab_size=32)
     model, ids = models.build(sizes, "cpu", torch.float32), torch.zeros(1, 16, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
