@@ -80,14 +80,16 @@ def test_an_additive_mask_that_nobody_can_look_into(lowest: float) -> None:
     assert_as_accurate(fused, attention(*inputs), truth(attention, inputs)[0])
 
 
-@pytest.mark.parametrize("form", ["clamp", "mask"])
+@pytest.mark.parametrize("form", ["clamp", "mask", "gate"])
 def test_cpu(form: str) -> None:
     """Compiled: the C++ template holds scores in float32 whatever `score_mod` returns, and what part of a block
-    an additive mask hides is found in C++ too."""
+    an additive mask hides is found in C++ too, and a gate is not put into its loop."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         scores = q @ k.mT * 0.25
-        return (scores.clamp(-0.5, 0.5) if form == "clamp" else scores + mask).softmax(-1) @ v
+        scores = scores.clamp(-0.5, 0.5) if form == "clamp" else scores + mask
+        output = scores.softmax(-1) @ v
+        return output * q if form == "gate" else output
 
     torch.manual_seed(0)
     inputs = [torch.randn(2, 2, 40, 16, dtype=torch.bfloat16) for _ in range(3)]
