@@ -159,12 +159,25 @@ def _with_masks_noted(prepare: Callable[..., Any]) -> Callable[..., Any]:
             return given
         for name in ("attention_mask", "decoder_attention_mask"):
             masks = given.get(name)
-            for mask in masks.values() if isinstance(masks, dict) else (masks,):  # by kinds of layers
-                if isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.size(-2) > 1:
-                    note(mask, UNPROVED)
+            if isinstance(masks, dict):  # by kinds of layers
+                given[name] = {kind: _noted(mask) for kind, mask in masks.items()}
+            elif masks is not None:
+                given[name] = _noted(masks)
         return given
 
     return noted
+
+
+def _noted(mask: Any) -> Any:
+    """A mask, which may be looked at if it is that of a prompt. A tensor of inference mode does not count what is
+    written into it; a copy that is made outside of it does, wherever that happens."""
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 4 or mask.size(-2) < 2:
+        return mask
+    if mask.is_inference():
+        with torch.inference_mode(False):
+            mask = mask.clone()
+    note(mask, UNPROVED)
+    return mask
 
 
 _patches: list[Patch] = []
