@@ -342,7 +342,7 @@ class _Reading:
         return name
 
     def _trace(self, name: str, node: Node, dims: Dims, *, scaled: bool = False) -> None:
-        if not self.facts.unchanged(node, self.site.output):
+        if not self.facts.lasts(node, self.site.output):
             refuse("describe", f"{describe_node(node)} is modified in place after the attention read it", node)
         self.operands[name] = trace(self.facts, self.reader.constant, node, dims, self.site.output, scaled=scaled)
 

@@ -27,8 +27,8 @@ def in_memory(x: torch.Tensor) -> torch.Tensor:
     """A contiguous copy that Inductor knows nothing about, for faults of its templates (2.11 to 2.13).
 
     The Triton template takes a block mask to be contiguous, and reads past its end where Inductor gave a dimension of
-    one element another stride. The C++ template fails on a query that is a view of a tensor with other dimensions, and
-    on a captured tensor that would be computed where it is read.
+    one element another stride. The C++ template fails on a query that is a view of a tensor with other dimensions, on
+    a captured tensor that would be computed where it is read, and where what follows would be computed in its loop.
     """
     return x.clone(memory_format=torch.contiguous_format)
 

@@ -193,7 +193,8 @@ class _Attend(AsNode):
         buffers = tuple(
             x if isinstance(x, torch.Tensor) else query.new_full((1, 1, 1, 1), x, dtype=torch.float32) for x in captured
         )
-        if query.device.type == "cpu" and not self.logsumexp:
+        in_cpp = query.device.type == "cpu" and not self.logsumexp
+        if in_cpp:
             query, key, value = (in_memory(x) for x in (query, key, value))
             sizes = (x if isinstance(x, torch.Tensor) else torch.full((), x, dtype=torch.int64) for x in masks)
             masks, buffers = (tuple(in_memory(x) for x in held) for held in (sizes, buffers))
@@ -220,7 +221,7 @@ class _Attend(AsNode):
         output, logsumexp, _ = flex_attention(
             query, key, value, self.score_mod, sparse.as_tuple(), self.scale, options, buffers, masks
         )
-        return output, logsumexp
+        return in_memory(output) if in_cpp else output, logsumexp
 
     def fake(self, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """What `run` gives for fake tensors. (The operator can't make its backward graph among Dynamo's.)"""
