@@ -320,7 +320,7 @@ def test_no_memory_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*given: Any) -> Any:
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr("attn_rewriter.verify._with_gradients", full)
+    monkeypatch.setattr("attn_rewriter.verify._Trial.with_gradients", full)
     with pytest.warns(UserWarning, match="can't verify the attention at .*: out of memory"):
         _, report = verified(attention, *draw())
     assert report.n_fused == 1 and not report.sites[0].verified
