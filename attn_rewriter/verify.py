@@ -3,7 +3,7 @@
 The graph runs once as it is, without gradients. Where it comes to the end of a site, three results are compared, with
 their gradients where the site is trained: the kernel's, that of the model's own operations, and that of the same
 operations in float64. What is written into is a copy; dropout is left out, as both draw numbers of their own; and so
-are rows without any key, which eager code leaves unspecified.
+are rows without any key, which eager code leaves unspecified, but that they are finite.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from attn_rewriter.progress import working
 from attn_rewriter.sites import Check
 from attn_rewriter.spec import MASKED, Bias, Mask, Size
 
-_DRAWS = 8
-"""Over how many draws of the gradient, with inputs moved by a rounding unit, a site is compared again that is off."""
+_LOOKS = 8
+"""How often a site is compared at most, if it is off at first: over all of these, one that was wrong once still is."""
 
 
 def verify(
@@ -261,11 +261,12 @@ class _Trial:
         """The errors of the site, and whether they keep the contract."""
         if self.output.dtype == torch.float64 or not self.output.numel():  # there is nothing more exact, or nothing
             return Check()
-        looked, draws = self.look(), list[dict[str, Tensor]]()
-        while not all(worst(squares).holds for squares in looked.values()) and len(draws) < _DRAWS:
+        looked = self.look()
+        looks = [looked]
+        while not all(worst(squares).holds for squares in looked.values()) and len(looks) < _LOOKS:
             # A few elements' error is mostly luck, and so is eager code's where everything cancels.
-            draws.append(self.look(again=True, moved=bool(draws)))
-            looked = {what: torch.stack([draw[what] for draw in draws]).mean(0) for what in looked}
+            looks.append(self.look(again=True))
+            looked = {what: torch.stack([look[what] for look in looks]).mean(0) for what in looked}
         judged = {what: worst(squares) for what, squares in looked.items() if squares.any()}
         errors = tuple((what, found.error, found.eager) for what, found in judged.items())
         for what, found in judged.items():
@@ -274,9 +275,10 @@ class _Trial:
                 return Check(errors, off)
         return Check(errors)
 
-    def look(self, again: bool = False, moved: bool = False) -> dict[str, Tensor]:
-        """What is to be judged; `again`, eager code may lose as much as the terms of its gradients do."""
-        values = self.moved() if moved else self.values
+    def look(self, again: bool = False) -> dict[str, Tensor]:
+        """What is to be judged; `again`, with inputs that are moved a little, and where eager code may lose as much as
+        the terms of its gradients do."""
+        values = self.moved() if again else self.values
         way = torch.randn_like(self.output) if self.output.is_floating_point() else self.output
         way = way if self.specified is None else way * self.specified
         computed = (
@@ -385,9 +387,10 @@ class _Trial:
 
 
 def _measured(fused: Tensor, eager: Tensor, truth: Tensor, specified: Tensor | None = None) -> Tensor:
-    """What is to be judged of a kernel's result, eager code's and the truth, all zero where nothing is known."""
+    """What is to be judged of a kernel's result, eager code's and the truth, all zero where nothing is known. Of what
+    is not specified, it is known that it is finite."""
     known = truth.isfinite() & eager.isfinite()
-    known = known if specified is None else known & specified
+    known = known if specified is None else known & (specified | ~fused.isfinite())
     fused, eager, truth = (x.where(known, 0) for x in (fused, eager, truth))
     return measured(fused, eager, truth).cpu()
 
