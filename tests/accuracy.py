@@ -1,4 +1,4 @@
-"""The error budget of every numerical test: what eager itself loses against float64."""
+"""The error budget of every numerical test: what eager itself loses against float64; or float64, and none."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from attn_rewriter.contract import measured, worst
 
@@ -36,6 +37,21 @@ def assert_as_accurate(fused: Any, eager: Any, truth: Any, name: str = "") -> No
         assert fused is None and eager is None, f"{name}: only the truth is None"
     else:
         _assert_tensor_as_accurate(fused, eager, truth, name or "the output")
+
+
+def assert_the_same(fused: Any, eager: Any) -> None:
+    """Assert that `fused` and `eager` are one function, where a test asks which function that is, not how accurately it
+    is computed: models that were changed, copied, compiled anew.
+
+    Both are tensors (or None), or the same nesting of sequences and mappings of them, in float64. What is computed in
+    another order differs there by some 1e-15, any other function by far more than the 1e-7 that PyTorch tolerates. In
+    float32 the one reaches PyTorch's tolerance, 1e-5, now and then: what can't be float64 is for
+    `assert_as_accurate`. Tensors of whole numbers or truth values must be equal.
+    """
+    for x in tree_leaves((fused, eager)):
+        assert x is None or isinstance(x, torch.Tensor), f"{x!r} is no tensor"
+        assert x is None or not x.is_floating_point() or x.dtype == torch.float64, f"{x.dtype} is not float64"
+    torch.testing.assert_close(fused, eager)
 
 
 def _assert_tensor_as_accurate(fused: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor, name: str) -> None:

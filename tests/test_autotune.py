@@ -23,7 +23,7 @@ import attn_rewriter
 from attn_rewriter import Report, autotune
 from attn_rewriter.device import Device
 from tests.accuracy import assert_as_accurate
-from tests.running import with_gradients
+from tests.running import double, with_gradients
 from tests.standins import installed
 
 
@@ -52,7 +52,7 @@ def tuned(given: list[Tensor], **options: Any) -> Report:
     options = {"autotune": True, **options}
     function = attn_rewriter.optimize(attention, dynamic=False, **options)
     with torch.set_grad_enabled(given[0].requires_grad):
-        torch.testing.assert_close(function(*given), attention(*given))
+        assert_as_accurate(function(*given), attention(*given), attention(*double(given)))
     return attn_rewriter.report_of(function)
 
 
@@ -192,24 +192,28 @@ def test_another_version_is_timed_anew(folder: Path, monkeypatch: pytest.MonkeyP
     assert len([*folder.iterdir()]) == 2
 
 
-def _write_often(folder: str, key: str) -> None:
-    os.environ["ATTN_REWRITER_CACHE"] = folder
-    for n in range(200):
-        autotune._write(key, {"milliseconds": {"sdpa": float(n), "flex": 1.0}, "padding": "x" * 5000})
+def _write_until(done: Any) -> None:
+    while not done.is_set():
+        autotune._write("key", {"milliseconds": {"sdpa": 2.0, "flex": 1.0}, "padding": "x" * 5000})
 
 
 def test_processes_that_write_at_the_same_time_leave_a_whole_file(folder: Path) -> None:
     context = multiprocessing.get_context("fork")
-    writers = [context.Process(target=_write_often, args=(str(folder), "key")) for _ in range(2)]
+    done, seen = context.Event(), 0
+    writers = [context.Process(target=_write_until, args=(done,)) for _ in range(2)]
     for writer in writers:
         writer.start()
-    seen = 0
-    while any(writer.is_alive() for writer in writers):
-        seen += len(autotune._read("key", ("sdpa", "flex"))) == 2  # a torn file would warn, which is an error here
-    for writer in writers:
-        writer.join()
-        assert writer.exitcode == 0
-    assert seen and [path.name for path in folder.iterdir()] == ["key.json"]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # as a torn file would warn
+            while seen < 200 and all(writer.is_alive() for writer in writers):
+                seen += len(autotune._read("key", ("sdpa", "flex"))) == 2
+    finally:
+        done.set()
+        for writer in writers:
+            writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert seen == 200 and [path.name for path in folder.iterdir()] == ["key.json"]
 
 
 # -- faults ---------------------------------------------------------------------------------------------------------
@@ -354,7 +358,8 @@ autotune.usable = lambda *args, **kwargs: ("sdpa", "reference")
 print("ready", flush=True)
 sys.stdin.readline()
 for length in map(int, sys.argv[1:]):
-    given = [torch.randn(shape) for shape in [(2, 3, length, 16)] * 3 + [(3, length, length)]]
+    shapes = [(2, 3, length, 16)] * 3 + [(3, length, length)]
+    given = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
     function = attn_rewriter.optimize(attention, autotune=True, compiler="aot_eager", dynamic=False)
     torch.testing.assert_close(function(*given), attention(*given))
     (site,) = attn_rewriter.report_of(function).sites

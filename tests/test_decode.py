@@ -255,7 +255,7 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_it_compiles() -> None:
     """In a process of its own, as Triton interprets in this one."""
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    subprocess.run([sys.executable, "-m", "tests.compiled"], env=environment, check=True, timeout=300)
+    subprocess.run([sys.executable, "-m", "tests.compiled"], env=environment, check=True, timeout=900)
 
 
 SPELLED = [*{s.computes: s for s in SPELLINGS[::-1] if not s.random and s.computes}.values()]
@@ -292,7 +292,8 @@ def test_symbolic_lengths() -> None:
         keep = (torch.arange(length) >= torch.arange(batch)[:, None]).to(HERE)[:, None, None]
         for x, dim in ((k, 2), (v, 2), (keep, 3), *((x, 0) for x in (q, k, v, keep))):
             torch._dynamo.mark_dynamic(x, dim)
-        torch.testing.assert_close(function(q, k, v, keep), step(q, k, v, keep))
+        exact = step(*double([q, k, v, keep]))
+        assert_as_accurate(function(q, k, v, keep), step(q, k, v, keep), exact)
     assert [site.kernel for site in report().sites] == ["decode"]
 
 

@@ -27,7 +27,8 @@ from attn_rewriter import AttentionSpec, Device, choose
 from attn_rewriter.errors import is_out_of_memory
 from attn_rewriter.kernels import decode, flash, stepwise
 from attn_rewriter.spec import Scale, Shapes, Softcap
-from tests.accuracy import assert_as_accurate
+from tests.accuracy import assert_as_accurate, assert_the_same
+from tests.models import NothingNarrowed
 from tests.running import DRAWS, joined, rewritten, truth, with_gradients
 from tests.spellings import Spelling
 from tests.standins import PACKAGES, installed, raising
@@ -287,8 +288,8 @@ def compiler_that_raises(error: BaseException) -> Any:
 
 @pytest.mark.parametrize("buffer", [False, True], ids=["", "a buffer is read"])
 def test_a_compiler_that_raises_gets_the_graph_as_it_was(buffer: bool) -> None:
-    function: Any = Attention().eval() if buffer else window
-    x = torch.randn(2, 9, 16)
+    function: Any = Attention().double().eval() if buffer else window
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
     given = [x] if buffer else drawn()
     compiled = attn_rewriter.optimize(function, compiler=compiler_that_raises(ERROR))
     expected = function._call_impl(*given) if buffer else function(*given)
@@ -301,8 +302,8 @@ def test_a_compiler_that_raises_gets_the_graph_as_it_was(buffer: bool) -> None:
     assert site.kernel is None and str(ERROR) in site.refusals[-1].reason
     if buffer:
         function.mask[:, 5] = True
-        torch.testing.assert_close(compiled(x), function._call_impl(x))
-        assert not torch.equal(compiled(x), expected)
+        assert_the_same(compiled(x), function._call_impl(x))
+        assert not torch.allclose(compiled(x), expected)
 
 
 @pytest.mark.parametrize("options", [{"strict": True}, {"kernel": "sdpa"}], ids=str)
@@ -329,9 +330,9 @@ def test_a_lowering_of_inductor_that_raises(monkeypatch: pytest.MonkeyPatch) -> 
     capped = lambda q, k, v: (torch.tanh(q @ k.mT * 0.25 / 5.0) * 5.0).softmax(-1) @ v  # noqa: E731
     monkeypatch.setitem(lowerings, torch.ops.higher_order.flex_attention, unlucky)
     function = attn_rewriter.optimize(capped)
-    q, k, v = (x.detach().float() for x in drawn())
+    given = [x.detach().float() for x in drawn()]
     with pytest.warns(UserWarning, match="leaves a graph with 1 rewritten sites as it was, .*no such template"):
-        torch.testing.assert_close(function(q, k, v), capped(q, k, v))
+        assert_as_accurate(function(*given), capped(*given), truth(capped, given)[0])
     (site,) = attn_rewriter.report_of(function).sites
     assert site.kernel is None and "no such template" in site.refusals[-1].reason
 
@@ -360,7 +361,7 @@ def test_fork_after_compiling() -> None:
                 return scores.softmax(-1) @ x
 
         def check(model, n):
-            x = torch.randn(2, 3, n, 8, requires_grad=True)
+            x = torch.randn(2, 3, n, 8, dtype=torch.float64, requires_grad=True)
             found, expected = (torch.autograd.grad(f(x).sum(), x) for f in (model, model._call_impl))
             torch.testing.assert_close(found, expected)
             assert attn_rewriter.report_of(model).n_fused == attn_rewriter.report_of(model).n_sites > 0
@@ -379,16 +380,15 @@ def test_fork_after_compiling() -> None:
         check(model, 16)
         """
     command = [sys.executable, "-c", textwrap.dedent(code)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
 
 
 class Attention(nn.Module):
     """With a mask that is registered, and dropout."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(seed)
         self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
         self.dropout = nn.Dropout(0.5)
         self.register_buffer("mask", torch.ones(32, 32).tril().bool())
@@ -403,7 +403,7 @@ class Attention(nn.Module):
 class Layers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([Attention(0), Attention(1)])
+        self.layers = nn.ModuleList([Attention(), Attention()]).double()
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -411,14 +411,14 @@ class Layers(nn.Module):
         return x
 
 
-def assert_same(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+def assert_right_now(model: nn.Module) -> None:
     """The answer, and the gradients, are those of the model as it is now."""
-    x = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    x = torch.randn(2, 9, 16, dtype=torch.float64, requires_grad=True)
     ways = []
     for run in (model, model._call_impl):
         y = run(x)
         ways.append([y, *torch.autograd.grad(y.square().mean(), [x, *model.parameters()], allow_unused=True)])
-    torch.testing.assert_close(*ways)
+    assert_the_same(*ways)
 
 
 def _swap_layers(model: Any) -> None:
@@ -426,7 +426,7 @@ def _swap_layers(model: Any) -> None:
 
 
 def _another_layer(model: Any) -> None:
-    model.layers[1] = nn.Sequential(nn.Linear(16, 16), nn.Tanh())
+    model.layers[1] = nn.Sequential(nn.Linear(16, 16), nn.Tanh()).double()
 
 
 def _fewer_layers(model: Any) -> None:
@@ -434,7 +434,7 @@ def _fewer_layers(model: Any) -> None:
 
 
 def _another_submodule(model: Any) -> None:
-    model.layers[0].qkv = nn.Linear(16, 48, bias=False)
+    model.layers[0].qkv = nn.Linear(16, 48, bias=False).double()
 
 
 def _forward_of_an_instance(model: Any) -> None:
@@ -499,36 +499,37 @@ CHANGES = (
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_a_model_that_is_changed(change: Callable[[Any], None]) -> None:
     model = attn_rewriter.optimize(Layers().eval(), compiler="aot_eager", strict=True)
-    assert_same(model)
-    before = model(torch.ones(2, 9, 16))
+    assert_right_now(model)
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
+    before = model(x)
     change(model)
     if change is not _no_dropout_in_training:
-        assert not torch.equal(model(torch.ones(2, 9, 16)), before)
-    assert_same(model)
+        assert not torch.allclose(model(x), before)
+    assert_right_now(model)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_a_model_of_another_type(dtype: torch.dtype) -> None:
     model = attn_rewriter.optimize(Layers().eval(), compiler="aot_eager", strict=True)
-    assert_same(model)
+    assert_right_now(model)
     model.to(dtype)
     x = torch.randn(2, 9, 16, dtype=dtype)
     eager, found = model._call_impl(x), model(x)
     exact = copy.deepcopy(model).double()._call_impl(x.double())
     assert_as_accurate(found, eager, exact)
-    model.float()
-    assert_same(model)
+    model.double()
+    assert_right_now(model)
 
 
 def test_training_and_evaluation_take_turns() -> None:
     """Dropout is there in training alone."""
     model = attn_rewriter.optimize(Layers(), compiler="aot_eager", strict=True)
-    x = torch.randn(2, 9, 16)
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
     for _ in range(2):
         model.train()
-        assert not torch.equal(model(x), model(x))
+        assert not torch.allclose(model(x), model(x))
         model.eval()
-        assert_same(model)
+        assert_right_now(model)
     said = [str(site.spec) for site in attn_rewriter.report_of(model).sites]
     assert said == ["scale 0.3536, causal, dropout 0.5"] * 2 + ["scale 0.3536, causal"] * 2
 
@@ -544,14 +545,17 @@ def test_attn_implementation_is_changed() -> None:
     )
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     attn_rewriter.optimize(model, compiler="aot_eager", strict=True)
+    exact = copy.deepcopy(model).double()
     ids, keep = torch.randint(3, 99, (2, 9)), torch.ones(2, 9, dtype=torch.long)
     keep[0, :3] = 0
     for implementation in ("eager", "sdpa", "eager"):
-        model.set_attn_implementation(implementation)
+        for each in (model, exact):
+            each.set_attn_implementation(implementation)
         for mask in (None, keep):
-            found, expected = (run(ids, attention_mask=mask).logits for run in (model, model._call_impl))
             rows = keep.bool() if mask is not None else slice(None)
-            torch.testing.assert_close(found[rows], expected[rows])
+            found, eager = (run(ids, attention_mask=mask).logits[rows] for run in (model, model._call_impl))
+            with NothingNarrowed():
+                assert_as_accurate(found, eager, exact(ids, attention_mask=mask).logits[rows])
     report = attn_rewriter.report_of(model)
     assert report.n_fused == report.n_sites >= 4
 
@@ -559,13 +563,13 @@ def test_attn_implementation_is_changed() -> None:
 def test_dynamo_is_reset_between_calls() -> None:
     model = attn_rewriter.optimize(Layers().eval(), compiler="aot_eager", strict=True)
     for n in range(1, 4):
-        assert_same(model)
+        assert_right_now(model)
         assert attn_rewriter.report_of(model).n_fused == 2 * n
         torch._dynamo.reset()
     model.layers[0].mask[:, 5] = True
-    assert_same(model)
+    assert_right_now(model)
     torch.compiler.reset()
-    assert_same(model)
+    assert_right_now(model)
 
 
 UNSEEN: dict[str, Callable[[Any], Any]] = {
@@ -579,7 +583,7 @@ UNSEEN: dict[str, Callable[[Any], Any]] = {
 def test_what_only_a_reset_sees(change: str) -> None:
     """What is written in these ways moves no version; of hooks, Dynamo says that it does not look for new ones."""
     model = attn_rewriter.optimize(Layers().eval(), compiler="aot_eager", strict=True)
-    assert_same(model)
+    assert_right_now(model)
     UNSEEN[change](model.layers[0])
     torch.compiler.reset()
-    assert_same(model)
+    assert_right_now(model)

@@ -187,14 +187,14 @@ def around_dropout(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[to
     output = function(q, k, v)
     assert [site.kernel for site in report().sites] == ["fa2"]
     (found,) = torch.autograd.grad(output.sum(), v)
-    return [(x / y).mean((2, 3)) for x, y in ((output, plain), (found, expected))]
+    pairs = ((output.double(), plain.double()), (found.double(), expected.double()))
+    return [(x * y).sum((2, 3)) / y.square().sum((2, 3)) for x, y in pairs]
 
 
 AOT = "aot_eager"
 
 
 def drawn() -> list[torch.Tensor]:
-    torch.manual_seed(0)
     return [torch.randn(4, 8, 16, 16, dtype=torch.float16).requires_grad_() for _ in range(3)]
 
 
@@ -202,7 +202,7 @@ def test_the_backward_pass_drops_what_the_forward_pass_did() -> None:
     """Also where a checkpoint computes the forward pass again."""
     forward, backward = around_dropout(*drawn())
     assert {0, 2} == {*forward.round().int().flatten().tolist()}
-    torch.testing.assert_close(backward, forward, atol=0.05, rtol=0.05)
+    assert torch.equal(backward.round(), forward.round())
 
 
 def test_two_dropouts_are_two() -> None:

@@ -16,7 +16,7 @@ from attn_rewriter.kernels.aten import CuDNN
 from attn_rewriter.kernels.flash import Flash, flash_attention
 from attn_rewriter.spec import Band, Mask, Scale, Shapes, Softcap
 from tests.accuracy import assert_as_accurate
-from tests.running import DRAWS, joined, rewritten, truth, with_gradients
+from tests.running import DRAWS, double, joined, rewritten, truth, with_gradients
 from tests.standins import installed
 
 
@@ -78,10 +78,12 @@ def test_gradients_in_every_layout(kernel: str) -> None:
 
     for arranged in (lambda x: x, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), _packed):
         given = [arranged(x.detach()).requires_grad_() for x in drawn(0)]
-        expected = torch.autograd.grad(causal(*given).float().square().sum(), given)
+        eager, exact = (
+            torch.autograd.grad(causal(*inputs).square().sum(), inputs) for inputs in (given, double(given))
+        )
         for around in (lambda y: y, lambda y: y.transpose(1, 2).contiguous(), lambda y: y.mT.contiguous()):
-            found = torch.autograd.grad(around(attention(*given)).float().square().sum(), given)
-            torch.testing.assert_close(found, expected, atol=0.1, rtol=0.1)
+            found = torch.autograd.grad(around(attention(*given)).square().sum(), given)
+            assert_as_accurate(found, eager, exact)
         torch.autograd.grad(attention(*given).sum(), given)  # strides of 0
 
 

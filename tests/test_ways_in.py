@@ -22,7 +22,7 @@ from transformers import AutoModel, AutoModelForCausalLM, BertConfig, CompileCon
 import attn_rewriter
 from attn_rewriter import Backend, Device, Options, RewriteError
 from attn_rewriter.kernels import KERNELS, Kernel
-from tests.accuracy import assert_as_accurate
+from tests.accuracy import assert_as_accurate, assert_the_same
 
 BERT = BertConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
 
@@ -85,7 +85,7 @@ def test_torch_compile_finds_the_backend_with_nothing_imported() -> None:
         assert "attn_rewriter" not in sys.modules
         f = torch.compile(attention, backend="attn_rewriter", options={"compiler": "eager"}, fullgraph=True)
         logging.basicConfig(level=logging.INFO)
-        q = torch.randn(1, 2, 3, 4)
+        q = torch.randn(1, 2, 3, 4, dtype=torch.float64)
         torch.testing.assert_close(f(q, q, q), attention(q, q, q))
     """)
     assert done.returncode == 0, done.stderr
@@ -103,28 +103,30 @@ def test_torch_compile_finds_the_backend_with_nothing_imported() -> None:
     ids=str,
 )
 def test_inductor_takes_mode_and_options(given: dict[str, Any], model: nn.Module, x: torch.Tensor) -> None:
+    model, x = model.double(), x.double()
     compiled = torch.compile(model, backend="attn_rewriter", dynamic=True, **given)
-    torch.testing.assert_close(compiled(x), model(x))
+    assert_the_same(compiled(x), model(x))
 
 
 def test_optimize_works_in_place(model: nn.Module, x: torch.Tensor) -> None:
+    model, x = model.double(), x.double()
     expected, names = model(x), list(model.state_dict())
     optimised = attn_rewriter.optimize(model)
     assert optimised is model
-    torch.testing.assert_close(model(x), expected)
+    assert_the_same(model(x), expected)
     assert list(model.state_dict()) == names
     report = attn_rewriter.report_of(model)
     assert (report.n_fused, report.n_sites) == (2, 2)
     assert [site.module for site in report.sites] == ["layers.0", "layers.1"]
-    assert 0 < report.rewrite_seconds < 10
+    assert report.rewrite_seconds > 0
 
 
 def test_optimize_takes_a_function(x: torch.Tensor) -> None:
     def attention(q: torch.Tensor) -> torch.Tensor:
         return (q @ q.mT).softmax(-1) @ q
 
-    compiled = attn_rewriter.optimize(attention, compiler="eager")
-    torch.testing.assert_close(compiled(x), attention(x))
+    compiled, x = attn_rewriter.optimize(attention, compiler="eager"), x.double()
+    assert_the_same(compiled(x), attention(x))
     assert attn_rewriter.report_of(compiled).n_fused == 1
 
 
@@ -175,9 +177,9 @@ def test_explain_on_the_meta_device(model: nn.Module, x: torch.Tensor) -> None:
 
 
 def test_patch_reaches_other_peoples_compile(model: nn.Module, x: torch.Tensor) -> None:
-    original = torch.compile
+    original, model, x = torch.compile, model.double(), x.double()
     with attn_rewriter.patch(compiler="eager") as patched:
-        torch.testing.assert_close(torch.compile(model)(x), model(x))
+        assert_the_same(torch.compile(model)(x), model(x))
         assert patched.report.n_fused == 2
         model.compile()
         model(x)
@@ -218,11 +220,11 @@ def test_patch_compiles_a_call_as_it_is_asked_to() -> None:
 
     ids = torch.randint(0, 99, (2, 9))
     with attn_rewriter.patch(compiler=partial(noted, seen, "in place")):
-        model = AutoModel.from_config(BERT, attn_implementation="eager").eval()
+        model = AutoModel.from_config(BERT, attn_implementation="eager").eval().double()
         expected = model(ids)[0]
         with attn_rewriter.patch(compiler=partial(noted, seen, "again")) as patched:
             again = torch.compile(model.__call__)
-            torch.testing.assert_close(again(ids)[0], expected)
+            assert_the_same(again(ids)[0], expected)
     assert seen == ["in place", "again"] and patched.report.n_fused == 2
 
 
@@ -292,7 +294,7 @@ def test_making_masks_is_compiled_as_ever() -> None:
     with attn_rewriter.patch(compiler="eager"):
         model = AutoModelForCausalLM.from_config(LLAMA, attn_implementation="eager")
         assert prepared(model).ndim == 4
-        torch.testing.assert_close(torch.compile(prepared, backend="eager", fullgraph=True)(model), prepared(model))
+        assert torch.equal(torch.compile(prepared, backend="eager", fullgraph=True)(model), prepared(model))
 
 
 def _copied_into(node: torch.fx.Node) -> bool:
@@ -361,11 +363,12 @@ def test_patch_reaches_models_of_transformers(imported: str, tmp_path: Path) -> 
         config = transformers.BertConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                                          num_attention_heads=4, vocab_size=99)
         ids = torch.randint(0, 99, (2, 9))
-        model = transformers.AutoModel.from_config(config, attn_implementation="eager").eval()
+        kind = {"attn_implementation": "eager", "dtype": torch.float64}
+        model = transformers.AutoModel.from_config(config, **kind).eval()
         model(ids)
         assert patched.report.n_fused == 2, patched.report
         model.save_pretrained(sys.argv[2])
-        again = transformers.AutoModel.from_pretrained(sys.argv[2], attn_implementation="eager")
+        again = transformers.AutoModel.from_pretrained(sys.argv[2], **kind)
         torch.testing.assert_close(again(ids)[0], model(ids)[0])
         assert patched.report.n_fused == 4, patched.report
         attn_rewriter.unpatch()
@@ -587,7 +590,7 @@ def test_caches_are_used_and_never_mix_options(tmp_path: Path) -> None:
         options = {"kernel": sys.argv[1]} if sys.argv[1] != "none" else {}
         backend = "inductor" if sys.argv[1] == "none" else "attn_rewriter"
         torch.manual_seed(0)
-        q = torch.randn(1, 2, 16, 8, requires_grad=True)
+        q = torch.randn(1, 2, 16, 8, dtype=torch.float64, requires_grad=True)
         compiled = torch.compile(attention, backend=backend, options=options)
         out = compiled(q, q, q)
         out.sum().backward()

@@ -10,7 +10,7 @@ from torch import nn
 
 import attn_rewriter
 from attn_rewriter.withhold import is_kept
-from tests.accuracy import assert_as_accurate
+from tests.accuracy import assert_as_accurate, assert_the_same
 from tests.models import NothingNarrowed, build, inputs
 
 LAYERS = {"bert": "layer.{}.attention.self", "llama": "layers.{}.self_attn"}
@@ -74,10 +74,9 @@ def test_what_is_computed_from_weights_is_right(uses: Any) -> None:
         output = weights @ v
         return output, uses(weights, v)
 
-    given = [torch.randn(1, 2, 9, 16) for _ in range(3)]
+    given = [torch.randn(1, 2, 9, 16, dtype=torch.float64) for _ in range(3)]
     function = attn_rewriter.optimize(attention, compiler="eager", keep_weights=[])
-    for x, y in zip(function(*given), attention(*given)):
-        torch.testing.assert_close(x, y)
+    assert_the_same(function(*given), attention(*given))
 
 
 class Attention(nn.Module):
@@ -118,9 +117,9 @@ class Hooked(nn.Module):
 @pytest.mark.parametrize("made", [Outer, Hooked])
 def test_what_is_compiled_by_itself_keeps_its_weights(made: type[nn.Module]) -> None:
     torch._dynamo.reset()
-    x = torch.randn(1, 2, 9, 16)
+    x = torch.randn(1, 2, 9, 16, dtype=torch.float64)
     model = attn_rewriter.optimize(made(), compiler="eager", keep_weights=[])
-    torch.testing.assert_close(model(x), made()(x))
+    assert_the_same(model(x), made()(x))
     assert [site.kernel for site in attn_rewriter.report_of(model).sites] == [None]
 
 
@@ -171,13 +170,12 @@ def test_training_with_weights_withheld() -> None:
         weights = (q @ k.mT).softmax(-1)
         return weights @ v, weights
 
-    given = [torch.randn(1, 2, 9, 16, requires_grad=True) for _ in range(3)]
+    given = [torch.randn(1, 2, 9, 16, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     function = attn_rewriter.optimize(attention, compiler="aot_eager", keep_weights=[], strict=True)
     output, weights = function(*given)
     assert attn_rewriter.report_of(function).n_fused == 1 and weights.numel() == 0
     found = torch.autograd.grad(output.sum(), given)
-    for x, y in zip(found, torch.autograd.grad(attention(*given)[0].sum(), given)):
-        torch.testing.assert_close(x, y)
+    assert_the_same(found, torch.autograd.grad(attention(*given)[0].sum(), given))
 
 
 @pytest.mark.parametrize(
