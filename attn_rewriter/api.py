@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from itertools import count
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -12,6 +11,7 @@ from torch import nn
 
 from attn_rewriter.backend import Backend
 from attn_rewriter.choose import Request
+from attn_rewriter.compilers import with_own_code
 from attn_rewriter.device import Device
 from attn_rewriter.options import Compiler, Options
 from attn_rewriter.progress import name_of, working
@@ -21,7 +21,6 @@ from attn_rewriter.withhold import is_kept
 Model = TypeVar("Model", bound=Callable[..., Any])
 
 _backends: WeakKeyDictionary[Any, Backend] = WeakKeyDictionary()
-_number = count()
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -91,9 +90,7 @@ def calling(model: Callable[..., Any]) -> Callable[..., Any]:
             len(held[name])  # so that Dynamo guards on them: of a module's hooks it does not notice the first one
         return call(*args, **kwargs)
 
-    # Dynamo counts compilations, and remembers which sizes change, by code and by name: models must not share them.
-    forward.__code__ = forward.__code__.replace(co_name=f"forward_{next(_number)}")
-    return forward
+    return with_own_code(forward)
 
 
 def report_of(model: Any) -> Report:

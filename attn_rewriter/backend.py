@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 
 from attn_rewriter.buffers import Buffers, copied, forget, note
 from attn_rewriter.choose import requested
-from attn_rewriter.compilers import compiler_of, compiling
+from attn_rewriter.compilers import compiled_again, compiler_of, compiling
 from attn_rewriter.context_parallel import ring
 from attn_rewriter.device import Device
 from attn_rewriter.device_map import trace_moves
@@ -109,7 +109,7 @@ class Backend:
         if masks or self._reports[-1].n_sites:
             # Traced once more, so that Dynamo's own guards watch over whatever its compilation takes for granted.
             def again(way: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-                return functools.partial(torch.compile, backend=functools.partial(way, settings=settings, **options))
+                return functools.partial(compiled_again, backend=functools.partial(way, settings=settings, **options))
 
             otherwise = again(self._unguarded) if weakly else again(self._guarded, weakly=True)
             compiled = buffers.guarded(compiled, again(self._guarded), otherwise)
@@ -162,7 +162,7 @@ class Backend:
             f"{next(site.place for site in report.sites if site.kernel)}, after an error of its compiler: {said}",
             stacklevel=2,
         )
-        return torch.compile(original, backend=self._compile)  # traced once more: what failed may have left traces
+        return compiled_again(original, self._compile)  # traced once more: what failed may have left traces
 
     def _watched(self, compiled: Callable[..., Any], original: GraphModule, settings: Settings) -> Callable[..., Any]:
         """A compiled graph whose sites are checked at each call after the first."""
@@ -177,7 +177,7 @@ class Backend:
                 bad.update(failed)
                 forget(original)  # no buffer is read by value where it is traced again
                 again = functools.partial(self._rewritten, settings=settings, checks=dict(bad))
-                compiled = torch.compile(copied(original), backend=again)
+                compiled = compiled_again(copied(original), again)
             return compiled(*args)
 
         return call

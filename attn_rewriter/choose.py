@@ -12,7 +12,7 @@ from attn_rewriter.device import Device
 from attn_rewriter.errors import KernelUnavailable, Refusal
 from attn_rewriter.kernels import KERNELS, PAIRS, Kernel, named
 from attn_rewriter.measured import passes
-from attn_rewriter.spec import EVERY_KEY, AttentionSpec, Shapes, at_most
+from attn_rewriter.spec import EVERY_KEY, AttentionSpec, Bias, Shapes, at_most
 
 Request = Union[str, Sequence[str]]
 
@@ -45,7 +45,7 @@ def order(spec: AttentionSpec, shapes: Shapes, device: Device) -> tuple[str, ...
     against many keys, the kernel for decoding leaves out what is masked; for more, flash-attention 4 does from Hopper
     on, and FlexAttention. Up to a few blocks of queries and no bias it takes longer to find out what can be left out
     (`python -m attn_rewriter bench masks`). In float32 FlexAttention's backward pass has tiles of 16, whatever the
-    card.
+    card. Flash-attention 4 never ran with a bias and takes one only when it is asked for by name.
     """
     if device.platform != "cuda":
         return _in_order("sdpa", "flex")
@@ -58,11 +58,14 @@ def order(spec: AttentionSpec, shapes: Shapes, device: Device) -> tuple[str, ...
         many_keys = not at_most(shapes.kv_len, MANY_KEYS * shapes.q_len)
         return _in_order(*(("decode",) if many_keys else ()), "sdpa", "flex")
     form = spec.affine()
-    unbiased = not isinstance(form, str) and not form.biases and spec.sinks is None
+    biased = any(isinstance(modifier, Bias) for modifier in spec.modifiers)
+    unbiased = not isinstance(form, str) and not biased and spec.sinks is None
     short = unbiased and isinstance(shapes.q_len, int) and shapes.q_len <= SHORT
     wide = (shapes.product_dtype or shapes.dtype) == torch.float32
     if short or wide:
         return _in_order("sdpa", "flex")
+    if biased:
+        return tuple(name for name in _in_order("flex", "sdpa") if name != "fa4")
     newest = ("fa4",) if (device.capability or (0, 0)) >= (9, 0) else ()
     return _in_order(*newest, "flex", *FLASH, "sdpa")
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import count
 from typing import Any
 
 import torch
 from torch._dynamo.callback import CallbackArgs, CallbackTrigger, callback_handler
 from torch._guards import CompileContext
+from torch.fx import GraphModule
 
 from attn_rewriter.options import Options
 from attn_rewriter.progress import name_of, working
@@ -28,6 +30,25 @@ def compiler_of(options: Options) -> Callable[..., Any]:
     if options.compiler_options:
         given["options"] = dict(options.compiler_options)
     return functools.partial(torch._dynamo.lookup_backend(options.compiler), **given)
+
+
+_number = count()
+
+
+def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a function made in another one code that it shares with none. Dynamo counts compilations, and remembers
+    which sizes change, by code and by name."""
+    function.__code__ = function.__code__.replace(co_name=f"{function.__name__}_{next(_number)}")
+    return function
+
+
+def compiled_again(graph: GraphModule, backend: Callable[..., Any]) -> Callable[..., Any]:
+    """A graph, traced once more. (All modules of torch's own that `torch.compile` is handed share one code.)"""
+
+    def forward(*args: Any) -> Any:
+        return graph(*args)
+
+    return torch.compile(with_own_code(forward), backend=backend)
 
 
 @contextmanager

@@ -342,7 +342,7 @@ class _Reading:
         return name
 
     def _trace(self, name: str, node: Node, dims: Dims, *, scaled: bool = False) -> None:
-        if not self.facts.unchanged(node, self.site.output):
+        if not self.facts.lasts(node, self.site.output):
             refuse("describe", f"{describe_node(node)} is modified in place after the attention read it", node)
         self.operands[name] = trace(self.facts, self.reader.constant, node, dims, self.site.output, scaled=scaled)
 
@@ -576,7 +576,10 @@ class _Reading:
             used |= dict.fromkeys(spec.numeric, output.dtype)
         dtypes: list[torch.dtype] = [output.dtype]
         wide: list[torch.dtype] = []
+        learned: list[str] = []
         for name, state in operands.items():
+            if name in spec.numeric and (like := tensor(state.node)) is not None and like.requires_grad:
+                learned.append(name)
             if state.dtype is not None and (name in used or name in spec.numeric):
                 narrower = name in used and torch.promote_types(state.dtype, used[name]) != used[name]
                 (dtypes if name in _PRODUCT else wide).append(used[name] if narrower else state.dtype)
@@ -594,6 +597,7 @@ class _Reading:
             dtype=reduce(torch.promote_types, wide, product_dtype),
             product_dtype=product_dtype,
             needs_backward=output.requires_grad,
+            learned=tuple(sorted(learned)) if output.requires_grad else (),
         )
 
 

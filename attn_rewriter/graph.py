@@ -569,6 +569,12 @@ class Facts:
         end = self.position[until] if until is not None else math.inf
         return not any(self.position[node] < self.position[w] < end for w in self.writes(node))
 
+    def lasts(self, node: Node, at: Node) -> bool:
+        """Whether a call in the place of `at`, and its backward pass, if it has one, see the contents that `node` had
+        when it was made: autograd keeps tensors by reference. (A copy would not help: Inductor, 2.13, removes it.)"""
+        result = tensor(at)
+        return self.unchanged(node, None if result is not None and result.requires_grad else at)
+
     def replace(self, old: Node, new: list[Node], result: Node) -> None:
         """`result`, one of the `new` nodes that were inserted before `old`, takes its place."""
         self.inserted += new

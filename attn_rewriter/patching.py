@@ -57,8 +57,13 @@ class Patch:
         self._undo.append(functools.partial(setattr, owner, name, owner.__dict__[name]))
         setattr(owner, name, value)
 
-    def _backend(self, mode: str | None = None, options: Mapping[str, Any] | None = None) -> Backend:
-        self._backends.append(Backend(Options.of({**(options or {}), **self._options}, mode)))
+    def _backend(
+        self, mode: str | None = None, options: Mapping[str, Any] | None = None, *, is_model: bool = True
+    ) -> Backend:
+        """The names in `keep_weights` are those of a whole model, whose caller gets what it returns. Of what someone
+        compiles, a layer perhaps, neither is known: there all weights are kept."""
+        all_kept = {} if is_model else {"keep_weights": None}
+        self._backends.append(Backend(Options.of({**(options or {}), **self._options, **all_kept}, mode)))
         return self._backends[-1]
 
     def _compile(
@@ -73,14 +78,15 @@ class Patch:
     ) -> Any:
         if backend != "inductor":
             return original(model, backend=backend, mode=mode, options=options, **kwargs)
-        return original(self._uncompiled(model), backend=self._backend(mode, options), **kwargs)
+        backend = self._backend(mode, options, is_model=_owner(model) in _in_place)
+        return original(self._uncompiled(model), backend=backend, **kwargs)
 
     def _uncompiled(self, model: Any) -> Any:
         """A model that the patch compiled in place, as it was: of two compilations the inner one counts, and it is the
         outer one that was asked for. `generate` compiles the call of a model once more, for single tokens and with CUDA
         graphs: then what is in place stays, for prompts."""
-        owner = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
-        if not isinstance(owner, nn.Module) or owner not in _in_place:
+        owner = _owner(model)
+        if owner is None or owner not in _in_place:
             return model
         if getattr(model, "__func__", None) is type(owner).__call__:
             return calling(owner)
@@ -123,6 +129,12 @@ class Patch:
         return wrapper
 
 
+def _owner(model: Any) -> nn.Module | None:
+    """The module that is compiled, or whose method is."""
+    owner = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
+    return owner if isinstance(owner, nn.Module) else None
+
+
 def _before_its_prompt(prepare: Callable[..., Any]) -> Callable[..., Any]:
     """A static cache is made before the prompt that fills it. Made within a compiled prompt, it would not be marked as
     staying where it is, and the graph of a new token, which writes into it, would run without CUDA graphs."""
@@ -147,12 +159,25 @@ def _with_masks_noted(prepare: Callable[..., Any]) -> Callable[..., Any]:
             return given
         for name in ("attention_mask", "decoder_attention_mask"):
             masks = given.get(name)
-            for mask in masks.values() if isinstance(masks, dict) else (masks,):  # by kinds of layers
-                if isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.size(-2) > 1:
-                    note(mask, UNPROVED)
+            if isinstance(masks, dict):  # by kinds of layers
+                given[name] = {kind: _noted(mask) for kind, mask in masks.items()}
+            elif masks is not None:
+                given[name] = _noted(masks)
         return given
 
     return noted
+
+
+def _noted(mask: Any) -> Any:
+    """A mask, which may be looked at if it is that of a prompt. A tensor of inference mode does not count what is
+    written into it; a copy that is made outside of it does, wherever that happens."""
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 4 or mask.size(-2) < 2:
+        return mask
+    if mask.is_inference():
+        with torch.inference_mode(False):
+            mask = mask.clone()
+    note(mask, UNPROVED)
+    return mask
 
 
 _patches: list[Patch] = []
@@ -165,7 +190,8 @@ def patch(**options: Any) -> Patch:
     `from_pretrained` and `from_config`; both also in code that knows nothing of this package.
 
     The options are those of `optimize`: kernel, compiler, strict, autotune, mode and the compiler's. Used as a context
-    manager, the patch ends with the block. Its `report` says what was rewritten.
+    manager, the patch ends with the block. Its `report` says what was rewritten. `keep_weights` is for the models that
+    transformers makes: of what other code compiles, all weights are kept.
 
     Raises `ValueError` for unknown options.
     """

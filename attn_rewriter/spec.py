@@ -665,7 +665,7 @@ class Shapes:
     """The sizes and types a site is used with; what a kernel needs besides the spec to say whether it can run.
 
     `dtype` is the type that holds all operands, `product_dtype` that of query, key and value where biases are wider
-    than they (None: the same).
+    than they (None: the same). `learned` are the names of the spec's tensors that want gradients.
     """
 
     batch: Size
@@ -678,6 +678,7 @@ class Shapes:
     dtype: torch.dtype
     needs_backward: bool = False
     product_dtype: torch.dtype | None = None
+    learned: tuple[str, ...] = ()
 
     @property
     def num_groups(self) -> Size:

@@ -3,7 +3,7 @@
 The graph runs once as it is, without gradients. Where it comes to the end of a site, three results are compared, with
 their gradients where the site is trained: the kernel's, that of the model's own operations, and that of the same
 operations in float64. What is written into is a copy; dropout is left out, as both draw numbers of their own; and so
-are rows without any key, which eager code leaves unspecified.
+are rows without any key, which eager code leaves unspecified, but that they are finite.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_map
 from attn_rewriter.alone import by_itself
 from attn_rewriter.buffers import copied
 from attn_rewriter.contract import measured, worst
+from attn_rewriter.describe import Description
 from attn_rewriter.emit import Operands, arrange
 from attn_rewriter.errors import is_out_of_memory
 from attn_rewriter.find import find
@@ -39,8 +40,8 @@ from attn_rewriter.progress import working
 from attn_rewriter.sites import Check
 from attn_rewriter.spec import MASKED, Bias, Mask, Size
 
-_DRAWS = 8
-"""Over how many draws of the gradient, with inputs moved by a rounding unit, a site is compared again that is off."""
+_LOOKS = 8
+"""How often a site is compared at most, if it is off at first: over all of these, one that was wrong once still is."""
 
 
 def verify(
@@ -194,7 +195,7 @@ class _Run(Interpreter):
         for number in self._ends.get(n, ()):
             planned = self._sites.plans[number]
             values = {x: self.env[x] for x in planned.needs} | {n: result}
-            check = _checked(self, planned, values, self._context)
+            check = _checked(_Trial(self, planned, values, self._context))
             held = self._context.checks.setdefault(number, check)  # of a body that was called before
             self._context.checks[number] = max(held, check, key=lambda check: (bool(check.verdict), check.worst))
         return result
@@ -226,165 +227,177 @@ class _Run(Interpreter):
 # ---------------------------------------------------------------------------------------------- one site
 
 
-def _checked(run: Interpreter, planned: _Planned, values: Mapping[Node, Any], context: _Context) -> Check:
+def _checked(trial: _Trial) -> Check:
     try:
-        return _compared(run, planned, values, context)
+        return trial.check()
     except Exception as raised:
         if not is_out_of_memory(raised):
             return Check(verdict=f"could not be verified: {type(raised).__name__}: {raised}")
-        where = planned.plan.report.place
+        where = trial.planned.plan.report.place
         warnings.warn(f"attn_rewriter can't verify the attention at {where}: out of memory", stacklevel=2)
         return Check()
 
 
-def _compared(run: Interpreter, planned: _Planned, values: Mapping[Node, Any], context: _Context) -> Check:
-    """The errors of one site, and whether they keep the contract."""
-    found, kernel, device = planned.plan.found, planned.plan.kernel, planned.plan.device
-    spec = replace(found.spec, dropout_p=0.0)
-    output = values[planned.plan.site.output]
-    number = context.size
-    if output.dtype == torch.float64 or not output.numel():  # there is nothing that is more exact, or nothing
-        return Check()
+@dataclass(frozen=True)
+class _Trial:
+    """A site that a run has come to the end of: what went into it, and the ways to compute what comes out."""
 
-    def fused(values: Mapping[Node, Any]) -> Tensor:
-        operands = dict(_operands(planned, values, number))
-        held = [*operands.values()]
-        key = kernel.name, spec, found.shapes, *(map(_like, held))
-        if key not in context.kernels:
-            context.kernels[key] = by_itself(kernel, spec, found.shapes, device, operands, number)
-        result = context.kernels[key](*held)
-        return _as_output(planned, result, number).to(output.dtype)
+    run: Interpreter
+    planned: _Planned
+    values: Mapping[Node, Any]
+    context: _Context
 
-    def eager(values: Mapping[Node, Any]) -> Tensor:
-        inner = Interpreter(run.module, garbage_collect_values=False)
-        inner.env = dict(values)
-        with _WithoutDropout():
-            for node in planned.interior:
-                inner.env[node] = inner.run_node(node)
-        held: Tensor = inner.env[planned.plan.site.output]
+    @property
+    def found(self) -> Description:
+        return self.planned.plan.found
+
+    @property
+    def output(self) -> Tensor:
+        """Of the run, in the model's own type and layout."""
+        held: Tensor = self.values[self.planned.plan.site.output]
         return held
 
-    keys = _rows_with_a_key(planned, values, number)
+    def check(self) -> Check:
+        """The errors of the site, and whether they keep the contract."""
+        if self.output.dtype == torch.float64 or not self.output.numel():  # there is nothing more exact, or nothing
+            return Check()
+        looked = self.look()
+        looks = [looked]
+        while not all(worst(squares).holds for squares in looked.values()) and len(looks) < _LOOKS:
+            # A few elements' error is mostly luck, and so is eager code's where everything cancels.
+            looks.append(self.look(again=True))
+            looked = {what: torch.stack([look[what] for look in looks]).mean(0) for what in looked}
+        judged = {what: worst(squares) for what, squares in looked.items() if squares.any()}
+        errors = tuple((what, found.error, found.eager) for what, found in judged.items())
+        for what, found in judged.items():
+            if not found.holds:
+                off = f"is off by {found.error:.3g} in its {what}, where {found.allowed:.3g} is allowed"
+                return Check(errors, off)
+        return Check(errors)
 
-    def look(again: bool = False, moved: bool = False) -> dict[str, Tensor]:
-        """What is to be judged; `again`, eager code may lose as much as the terms of its gradients do."""
-        given = _moved(planned, values) if moved else values
-        way = torch.randn_like(output) if output.is_floating_point() else output
-        way = way if keys is None else way * keys
-
-        def results(function: Callable[[Mapping[Node, Any]], Tensor], wide: bool = False) -> list[Tensor]:
-            with _widened(output.device.type) if wide else nullcontext():
-                return _with_gradients(planned, function, given, way, wide)
-
-        outputs, *gradients = zip(results(fused), results(eager), results(eager, wide=True))
-        looked = {"output": _measured(outputs, keys)}
+    def look(self, again: bool = False) -> dict[str, Tensor]:
+        """What is to be judged; `again`, with inputs that are moved a little, and where eager code may lose as much as
+        the terms of its gradients do."""
+        values = self.moved() if again else self.values
+        way = torch.randn_like(self.output) if self.output.is_floating_point() else self.output
+        way = way if self.specified is None else way * self.specified
+        computed = (
+            self.with_gradients(self.fused, values, way),
+            self.with_gradients(self.eager, values, way),
+            self.with_gradients(self.eager, values, way, wide=True),
+        )
+        outputs, *gradients = zip(*computed)
+        looked = {"output": _measured(*outputs, self.specified)}
         if gradients:
-            looked["gradients"] = torch.cat([_measured(held) for held in gradients], dim=1)
+            looked["gradients"] = torch.cat([_measured(*held) for held in gradients], dim=1)
         if gradients and again:
             with _Terms():
-                (_, *terms), (_, *truths) = results(eager), results(eager, wide=True)
-            least = torch.cat([_measured((x, x, truth)) for x, truth in zip(terms, truths)], dim=1)
+                _, *terms = self.with_gradients(self.eager, values, way)
+                _, *truths = self.with_gradients(self.eager, values, way, wide=True)
+            least = torch.cat([_measured(x, x, truth) for x, truth in zip(terms, truths)], dim=1)
             looked["gradients"][1:] = torch.maximum(looked["gradients"], least)[1:]
         return looked
 
-    looked, draws = look(), list[dict[str, Tensor]]()
-    while not all(worst(squares).holds for squares in looked.values()) and len(draws) < _DRAWS:
-        # A few elements' error is mostly luck, and so is eager code's where everything cancels.
-        draws.append(look(again=True, moved=bool(draws)))
-        looked = {what: torch.stack([draw[what] for draw in draws]).mean(0) for what in looked}
-    judged = {what: worst(squares) for what, squares in looked.items() if squares.any()}
-    verdict = next(
-        (
-            f"is off by {found.error:.3g} in its {what}, where {found.allowed:.3g} is allowed"
-            for what, found in judged.items()
-            if not found.holds
-        ),
-        "",
-    )
-    return Check(tuple((what, found.error, found.eager) for what, found in judged.items()), verdict)
+    def fused(self, values: Mapping[Node, Any]) -> Tensor:
+        """By the kernel."""
+        plan, kernels, size = self.planned.plan, self.context.kernels, self.context.size
+        spec, shapes = replace(self.found.spec, dropout_p=0.0), self.found.shapes
+        operands = dict(self.operands(values))
+        held = [*operands.values()]
+        key = plan.kernel.name, spec, shapes, *(map(_like, held))
+        if key not in kernels:
+            kernels[key] = by_itself(plan.kernel, spec, shapes, plan.device, operands, size)
+        return self.as_output(kernels[key](*held)).to(self.output.dtype)
+
+    def eager(self, values: Mapping[Node, Any]) -> Tensor:
+        """By the model's own operations."""
+        inner = Interpreter(self.run.module, garbage_collect_values=False)
+        inner.env = dict(values)
+        with _WithoutDropout():
+            for node in self.planned.interior:
+                inner.env[node] = inner.run_node(node)
+        held: Tensor = inner.env[self.planned.plan.site.output]
+        return held
+
+    def with_gradients(
+        self,
+        function: Callable[[Mapping[Node, Any]], Tensor],
+        values: Mapping[Node, Any],
+        way: Tensor,
+        wide: bool = False,
+    ) -> list[Tensor]:
+        """A result, and its gradients for the operands that want one, zero where they are missed; or, `wide`, these in
+        float64."""
+        leaves = {node: self.leaf(node, values[node], wide) for node in self.planned.needs}
+        wanted = [x for x in leaves.values() if isinstance(x, Tensor) and x.requires_grad]
+        needs_backward = self.found.shapes.needs_backward
+        widened = _widened(self.output.device.type) if wide else nullcontext()
+        with widened, torch.set_grad_enabled(needs_backward):
+            result = function({**leaves, self.planned.plan.site.output: self.output})
+            if not wanted or not needs_backward:
+                return [result.detach()]
+            gradients: Sequence[Tensor | None] = [None] * len(wanted)
+            if result.requires_grad:
+                gradients = torch.autograd.grad(result, wanted, way.to(result.dtype), allow_unused=True)
+            held = [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, gradients)]
+            return [result.detach(), *(g.to(result.dtype) for g in held)]
+
+    def leaf(self, node: Node, x: Any, wide: bool) -> Any:
+        """A copy of a value, which wants a gradient where the site is trained for it."""
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        like = tensor(node)
+        x = x.detach().double() if wide else x.detach().clone()
+        return x.requires_grad_(node in self.planned.numeric and like is not None and like.requires_grad)
+
+    def moved(self) -> Mapping[Node, Any]:
+        """Query, key and value moved at random by a rounding unit, which rounds all that follows otherwise."""
+        nodes = {self.found.operands[name].node for name in ("query", "key", "value")}
+        held = {node: x for node in nodes if (x := self.values[node]).is_floating_point()}
+        moved = {node: x * (1 + torch.finfo(x.dtype).eps * torch.randn_like(x)) for node, x in held.items()}
+        return {**self.values, **moved}
+
+    def operands(self, values: Mapping[Node, Any]) -> Operands:
+        """As kernels take them."""
+
+        def of(node: Any) -> Any:
+            return values[node] if isinstance(node, Node) else node
+
+        return Operands(self.found, of, lambda x, dtype: x.to(dtype), self.context.size)
+
+    def as_output(self, result: Tensor) -> Tensor:
+        """A tensor in the layout of kernels as the site's output has it."""
+        layout = steps(self.found.layout.of("output"), self.found.output)
+        arranged: Tensor = arrange(result, layout, self.context.size)
+        return arranged
+
+    @cached_property
+    def specified(self) -> Tensor | None:
+        """Which elements of the output are specified, being of rows with a key; None where all are."""
+        spec, shapes, operands = self.found.spec, self.found.shapes, self.operands(self.values)
+        seen = [keep_mask([m for m in spec.modifiers if isinstance(m, Mask)], shapes, operands)]
+        # A row that a bias hides as a whole: float64 still tells its scores apart.
+        biases = [(str(m.tensor), m.factor) for m in spec.modifiers if isinstance(m, Bias)]
+        seen += [x > max(MASKED, torch.finfo(x.dtype).min) / 2 for x in bias_terms(biases, operands)]
+        kept = [x for x in seen if x is not None]
+        if not kept or spec.sinks is not None:
+            return None
+        sizes = map(self.context.size, (shapes.batch, shapes.num_heads, shapes.q_len, shapes.head_dim_v))
+        return self.as_output(reduce(and_, kept).any(-1, keepdim=True).expand(*sizes))
 
 
-def _measured(held: Sequence[Tensor], known: Tensor | None = None) -> Tensor:
-    """What is to be judged of a kernel's result, eager code's and the truth, all zero where nothing is known."""
-    _, eager, truth = held
-    finite = truth.isfinite() & eager.isfinite()
-    known = finite if known is None else finite & known
-    fused, eager, truth = (x.where(known, 0) for x in held)
+def _measured(fused: Tensor, eager: Tensor, truth: Tensor, specified: Tensor | None = None) -> Tensor:
+    """What is to be judged of a kernel's result, eager code's and the truth, all zero where nothing is known. Of what
+    is not specified, it is known that it is finite."""
+    known = truth.isfinite() & eager.isfinite()
+    known = known if specified is None else known & (specified | ~fused.isfinite())
+    fused, eager, truth = (x.where(known, 0) for x in (fused, eager, truth))
     return measured(fused, eager, truth).cpu()
-
-
-def _moved(planned: _Planned, values: Mapping[Node, Any]) -> Mapping[Node, Any]:
-    """Query, key and value moved at random by a rounding unit, which rounds all that follows otherwise."""
-    nodes = {planned.plan.found.operands[name].node for name in ("query", "key", "value")}
-    held = {node: values[node] for node in nodes if values[node].is_floating_point()}
-    return {**values, **{node: x * (1 + torch.finfo(x.dtype).eps * torch.randn_like(x)) for node, x in held.items()}}
 
 
 def _like(x: Any) -> Any:
     """What a kernel is prepared for."""
     return (x.shape, x.stride(), x.dtype, x.requires_grad) if isinstance(x, Tensor) else x
-
-
-def _with_gradients(
-    planned: _Planned,
-    function: Callable[[Mapping[Node, Any]], Tensor],
-    values: Mapping[Node, Any],
-    way: Tensor,
-    wide: bool,
-) -> list[Tensor]:
-    """A result, and its gradients for the operands that want one, zero where they are missed."""
-
-    def leaf(node: Node, x: Any) -> Any:
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            return x
-        like = tensor(node)
-        x = x.detach().double() if wide else x.detach().clone()
-        return x.requires_grad_(node in planned.numeric and like is not None and like.requires_grad)
-
-    leaves = {node: leaf(node, values[node]) for node in planned.needs}
-    wanted = [x for x in leaves.values() if isinstance(x, Tensor) and x.requires_grad]
-    needs_backward = planned.plan.found.shapes.needs_backward
-    with torch.set_grad_enabled(needs_backward):
-        result = function(leaves | {planned.plan.site.output: values[planned.plan.site.output]})
-    if not wanted or not needs_backward:
-        return [result.detach()]
-    gradients: Sequence[Tensor | None] = [None] * len(wanted)
-    if result.requires_grad:
-        gradients = torch.autograd.grad(result, wanted, way.to(result.dtype), allow_unused=True)
-    held = [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, gradients)]
-    return [result.detach(), *(g.to(result.dtype) for g in held)]
-
-
-def _operands(planned: _Planned, values: Mapping[Node, Any], number: Callable[[Size], int]) -> Operands:
-    def of(node: Any) -> Any:
-        return values[node] if isinstance(node, Node) else node
-
-    return Operands(planned.plan.found, of, lambda x, dtype: x.to(dtype), number)
-
-
-def _as_output(planned: _Planned, result: Tensor, number: Callable[[Size], int]) -> Tensor:
-    """A tensor in the layout of kernels as the site's output has it."""
-    found = planned.plan.found
-    arranged: Tensor = arrange(result, steps(found.layout.of("output"), found.output), number)
-    return arranged
-
-
-def _rows_with_a_key(planned: _Planned, values: Mapping[Node, Any], number: Callable[[Size], int]) -> Tensor | None:
-    """Which elements of the output are specified; None where all are."""
-    found = planned.plan.found
-    operands = _operands(planned, values, number)
-    masks = [m for m in found.spec.modifiers if isinstance(m, Mask)]
-    seen = [keep_mask(masks, found.shapes, operands)]
-    # A row that a bias hides as a whole: float64 still tells its scores apart.
-    biases = [(str(m.tensor), m.factor) for m in found.spec.modifiers if isinstance(m, Bias)]
-    seen += [x > max(MASKED, torch.finfo(x.dtype).min) / 2 for x in bias_terms(biases, operands)]
-    kept = [x for x in seen if x is not None]
-    if not kept or found.spec.sinks is not None:
-        return None
-    keep = reduce(and_, kept)
-    shapes = found.shapes
-    sizes = [number(n) for n in (shapes.batch, shapes.num_heads, shapes.q_len, shapes.head_dim_v)]
-    return _as_output(planned, keep.any(-1, keepdim=True).expand(sizes), number)
 
 
 # ---------------------------------------------------------------------------------------------- the truth

@@ -214,9 +214,7 @@ def available(facts: Facts, source: Any, node: Node, until: Node) -> Node | None
         source = facts.current(source, node)
     except Refused:
         return None
-    # Autograd keeps what it needs for the backward pass by reference, so that it must not change later either.
-    kept = tensor(until).requires_grad  # type: ignore[union-attr]
-    return source if facts.unchanged(source, None if kept else until) else None
+    return source if facts.lasts(source, until) else None
 
 
 def _is_exact(source: Any, node: Node) -> bool:

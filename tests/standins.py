@@ -23,6 +23,13 @@ from attn_rewriter.kernels.flash import missing
 PACKAGES = ("fa2", "fa3", "fa4")
 """The kernels that are from packages."""
 
+CUTLASS = {
+    "Int64": torch.Tensor.long,
+    "Int32": lambda x: x,
+    "Float32": torch.Tensor.float,
+    "min": lambda x, n: x.clamp(max=n),
+}
+
 VERSIONS = {"flash-attn": "2.8.3.post2", "flash-attn-3": "3.0.0b1", "flash-attn-4": "4.0.0b36"}
 
 
@@ -63,11 +70,12 @@ def _opened(
     right: int | None,
     softcap: float,
     keep: Tensor | None = None,
+    bias: Tensor | float = 0.0,
 ) -> tuple[Tensor, ...]:
     """Query, key and value in float64, heads first and repeated, and the masked scores."""
     q, k, v = (x.transpose(1, 2).double() for x in (query, key, value))
     k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
-    scores = q @ k.mT * scale
+    scores = q @ k.mT * scale + bias
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     q_len, kv_len = scores.shape[-2:]
@@ -183,29 +191,39 @@ def _newer_version_3() -> dict[str, Any]:
 
 
 def _version_4() -> dict[str, Any]:
-    def how(q, k, softmax_scale, causal, softcap, left, right, mask_mod, aux_tensors, block_sparse_tensors, by_key):
-        keep = None
+    def how(
+        q, k, softmax_scale, causal, softcap, left, right, mask_mod, score_mod, aux_tensors, block_sparse_tensors,
+        by_key,
+    ):  # fmt: skip
+        keep, bias = None, 0.0
         if mask_mod is not None:
             assert not causal and left is right is None
             keep = _block_sparse(mask_mod, aux_tensors, block_sparse_tensors, q, k, by_key)
-        return softmax_scale, left, 0 if causal else right, softcap or 0.0, keep
+        if score_mod is not None:
+            assert not softcap
+            b, h, q_idx, kv_idx = _coordinates(q.size(0), q.size(2), q.size(1), k.size(1))
+            at = {"q_idx": q_idx, "kv_idx": kv_idx, "seqlen_info": _lengths(q, k), "aux_tensors": _aux(aux_tensors)}
+            bias = score_mod(torch.zeros(1, 1, 1, 1, dtype=torch.float64), b, h, **at)
+        return softmax_scale, left, 0 if causal else right, softcap or 0.0, keep, bias
 
     def _flash_attn_fwd(
         q, k, v, softmax_scale=None, causal=False, softcap=None, window_size_left=None, window_size_right=None,
-        mask_mod=None, block_sparse_tensors=None, return_lse=False, aux_tensors=None, tile_mn=None,
+        mask_mod=None, score_mod=None, block_sparse_tensors=None, return_lse=False, aux_tensors=None, tile_mn=None,
     ):  # fmt: skip
         assert return_lse
         window = window_size_left, window_size_right
-        given = softmax_scale, causal, softcap, *window, mask_mod, aux_tensors, block_sparse_tensors
+        given = softmax_scale, causal, softcap, *window, mask_mod, score_mod, aux_tensors, block_sparse_tensors
         return *attention(q, k, v, *how(q, k, *given, by_key=False)), None, None, None
 
     def _flash_attn_bwd(
         q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, window_size_left=None,
-        window_size_right=None, deterministic=False, dq=None, dk=None, dv=None, mask_mod=None, aux_tensors=None,
-        block_sparse_tensors=None,
+        window_size_right=None, deterministic=False, dq=None, dk=None, dv=None, mask_mod=None, score_mod=None,
+        score_mod_bwd=None, aux_tensors=None, block_sparse_tensors=None,
     ):  # fmt: skip
+        if score_mod is not None:  # of a sum
+            assert score_mod_bwd(dout, None, q_idx=None, kv_idx=None) is dout
         window = window_size_left, window_size_right
-        given = softmax_scale, causal, softcap, *window, mask_mod, aux_tensors, block_sparse_tensors
+        given = softmax_scale, causal, softcap, *window, mask_mod, score_mod, aux_tensors, block_sparse_tensors
         _into((dq, dk, dv), gradients(dout, q, k, v, out, lse, *how(q, k, *given, by_key=True)))
 
     return {"_flash_attn_fwd": _flash_attn_fwd, "_flash_attn_bwd": _flash_attn_bwd}
@@ -227,9 +245,7 @@ def _block_sparse(
     the last block that are not there."""
     sizes = q.size(0), q.size(2), q.size(1), k.size(1)
     asked = *sizes[:2], sizes[2] + -sizes[2] % blocks.block_size[0], sizes[3]
-    at = [torch.arange(n, dtype=torch.int32).view([-1 if i == j else 1 for j in range(4)]) for i, n in enumerate(asked)]
-    seqlen_info = SimpleNamespace(seqlen_q=q.size(1), seqlen_k=k.size(1))
-    keep = mask_mod(*at, seqlen_info, [_Aux(x) for x in aux_tensors] if aux_tensors else None)
+    keep = mask_mod(*_coordinates(*asked), _lengths(q, k), _aux(aux_tensors))
     keep = keep.expand(torch.broadcast_shapes(keep.shape, (1, 1, asked[2], 1)))[..., : sizes[2], :]
 
     def listed(counts: Tensor, indices: Tensor) -> Tensor:
@@ -240,6 +256,20 @@ def _block_sparse(
         return found[..., rows, :][..., columns]
 
     return listed(*blocks[2:4]) | (listed(*blocks[:2]) & keep)
+
+
+def _coordinates(*sizes: int) -> list[Tensor]:
+    return [
+        torch.arange(n, dtype=torch.int32).view([-1 if i == j else 1 for j in range(4)]) for i, n in enumerate(sizes)
+    ]
+
+
+def _lengths(q: Tensor, k: Tensor) -> Any:
+    return SimpleNamespace(seqlen_q=q.size(1), seqlen_k=k.size(1))
+
+
+def _aux(tensors: list[Tensor] | None) -> list[_Aux] | None:
+    return [_Aux(x) for x in tensors] if tensors else None
 
 
 class _Aux:
@@ -375,7 +405,7 @@ def installed(*, newer: bool = False, **versions: str | None) -> Iterator[None]:
         **_module("flash_attn.cute.interface", _version_4()),
         **_module("flash_attn.cute.block_sparsity", {"BlockSparseTensorsTorch": BlockSparseTensorsTorch}),
         **_module("flash_attn.cute.utils", {"ssa_to_scalar": lambda x: x, "scalar_to_ssa": lambda x, dtype: x}),
-        **_module("cutlass", {"Int64": torch.Tensor.long, "Int32": lambda x: x, "min": lambda x, n: x.clamp(max=n)}),
+        **_module("cutlass", CUTLASS),
     }
     real = metadata.version
 

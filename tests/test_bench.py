@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from attn_rewriter import Device
 from attn_rewriter import measured as measured_tables
-from attn_rewriter.bench import attention, decode, generate, llama, masks, parallel, run
+from attn_rewriter.bench import attention, decode, generate, llama, masks, models, parallel, run
 from attn_rewriter.bench.measure import OUT_OF_MEMORY, Results, attempt, rich_table
 from attn_rewriter.cli import main
 from attn_rewriter.errors import KernelUnavailable
@@ -184,6 +186,7 @@ def test_llama(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
         assert column["rewritten"]["fused"] == column["rewritten"]["sites"] == 2
         assert float(llama.difference(column["rewritten"], column["sdpa"])) < 1e-5
         assert column["hand"].get("refused") == ("takes no padding" if "padded" in name else None)
+    assert re.search(r"rewritten +│ +[1-9]\d* +│ +0 ", capsys.readouterr().out)  # tokens, and TFLOP, in a second
     monkeypatch.setattr(llama, "measure", never)
     capsys.readouterr()
     assert main([*command, "--rows", "rewritten", "--markdown"]) == 0
@@ -193,10 +196,11 @@ def test_llama(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
 def test_families(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "families.json"
     command = ["bench", "families", *TINY, "--compiler", "aot_eager", "--json", str(file), "--markdown"]
-    assert main([*command, "--families", "t5", "--columns", "forward"]) == 0
-    measured = cells(file)["t5 forward"]
-    assert measured["rewritten"]["fused"] == measured["rewritten"]["sites"] == 6
-    assert max(cell["off_by"] for cell in measured.values()) < 1e-5
+    assert main([*command, "--families", "t5", "pixart", "--columns", "forward"]) == 0
+    t5, pixart = (cells(file)[f"{name} forward"] for name in ("t5", "pixart"))
+    assert t5["rewritten"]["fused"] == t5["rewritten"]["sites"] == 6 and "sdpa" not in t5
+    assert pixart["rewritten"]["fused"] == pixart["rewritten"]["sites"] == 4 and "sites" not in pixart["sdpa"]
+    assert max(cell["off_by"] for cell in [*t5.values(), *pixart.values()]) < 1e-5
     assert "| 6/6: sdpa 6 |" in capsys.readouterr().out
 
 
@@ -247,6 +251,16 @@ def test_the_models_of_the_readme(
     assert line in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"a model needs transformers: pip install 'attn-rewriter\[bench\]'"):
         main(["bench", name, *TINY, "--json", str(tmp_path / "file.json")])
+
+
+def test_operations_of_a_training_step() -> None:
+    """As counted one by one, where eager attention computes twice as much as half of a mask keeps."""
+    sizes = models.Llama(2, 64, 96, 4, 2, vocab_size=32)
+    model, ids = models.build(sizes, "cpu", torch.float32), torch.zeros(1, 16, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(ids, labels=ids, use_cache=False).loss.backward()
+    attention = 6 * sizes.num_hidden_layers * sizes.hidden_size * 16
+    assert sizes.training_flops(16) == counter.get_total_flops() / 16 - attention
 
 
 def test_equal_tokens() -> None:

@@ -262,6 +262,16 @@ def test_same_contents_again() -> None:
     assert_right(model, model)
 
 
+@torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True)
+def test_graphs_of_many_models_are_compiled_again() -> None:
+    """Dynamo's limit is for the compilations of one piece of code: each graph has its own."""
+    for length in range(4, 9):
+        model = optimized(Attention())
+        assert_right(model, model, given(length))
+        model.bias[..., 0, 2] = 1.0
+        assert_right(model, model, given(length))
+
+
 def test_other_type() -> None:
     model = optimized(Attention().float())
     model(given().float())

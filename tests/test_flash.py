@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from attn_rewriter import AttentionSpec, Device, measured
-from attn_rewriter.choose import Choice, choose
+from attn_rewriter.choose import Choice, choose, usable
 from attn_rewriter.kernels import KERNELS
 from attn_rewriter.kernels.flash import Flash, FlashForm, flash_attention, flash_form
 from attn_rewriter.spec import Band, Mask, Scale, Shapes, Softcap
@@ -220,7 +220,7 @@ def test_two_dropouts_are_two() -> None:
 def test_outputs_lie_in_memory_as_promised(kernel: str, layout: str) -> None:
     """Inductor takes the fake implementation at its word; flash-attention 2 lays its output out as its query."""
     q, k, v = (x.transpose(1, 2).contiguous() if layout == "positions first" else x.detach() for x in drawn())
-    options = (None, [], [], kernel, kernel, 0.25, 0.0, -1, 0, 0.0, "None", False)
+    options = (None, [], [], [], kernel, kernel, 0.25, 0.0, -1, 0, 0.0, "None", False)
     utilities = "test_schema", "test_autograd_registration", "test_faketensor"
     torch.library.opcheck(flash_attention, (q, k, v, *options), test_utils=utilities)
     output, logsumexp, _ = flash_attention(q, k, v, *options)
@@ -236,7 +236,7 @@ def test_no_package_sees_a_stride_of_0(kernel: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(version, "backward", lambda *args: seen.extend([args[0], *args[1][:3]]) or backward(*args))
     query, key, value = drawn()
     key, value = (x[:1].expand(4, -1, -1, -1) for x in (key, value))
-    flash_attention(query, key, value, None, [], [], kernel, kernel, 0.25, 0.0, -1, -1, 0.0, "None", False)[
+    flash_attention(query, key, value, None, [], [], [], kernel, kernel, 0.25, 0.0, -1, -1, 0.0, "None", False)[
         0
     ].sum().backward()
     assert len(seen) == 7 and not any(0 in x.stride() for x in seen)
@@ -275,6 +275,44 @@ def test_masks_of_integers_of_any_type(dtype: torch.dtype) -> None:
     fused = function(*inputs)
     assert report().n_fused == 1
     assert_as_accurate(fused, attention(*inputs), truth(attention, inputs)[0])
+
+
+def _heard(scores: Tensor) -> Tensor:
+    n = scores.size(-1)
+    return scores.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), float("-inf"))
+
+
+BIASES = {
+    "ALiBi, causal": (lambda s, bias: _heard(s + bias), (2, 1, 300), torch.bfloat16),
+    "wider than the query": (lambda s, bias: _heard(s + bias), (2, 300, 300), torch.float32),
+    "several, scaled": (lambda s, bias: _heard((s + bias) * 0.5 + bias[:1]), (2, 300, 300), torch.bfloat16),
+    "an additive mask": (lambda s, bias: s + bias, (2, 1, 300, 300), torch.bfloat16),
+    "an additive mask, causal": (lambda s, bias: _heard(s + bias), (2, 1, 300, 300), torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("name", BIASES)
+def test_biases(name: str) -> None:
+    """Those that want no gradient, over several blocks, some of which an additive mask hides."""
+    score, shape, dtype = BIASES[name]
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        scores = score(q @ k.mT * 0.25, bias)
+        return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+
+    inputs = [torch.randn(2, 2, 300, 16, dtype=torch.bfloat16).requires_grad_() for _ in range(3)]
+    bias = torch.randn(shape, dtype=dtype)
+    if "mask" in name:
+        bias[0, ..., 128:256], bias[1, ..., :140, 270:] = float("-inf"), torch.finfo(dtype).min
+    function, report = rewritten(attention, kernel="fa4", device="sm_90")
+    found = with_gradients(function, [*inputs, bias])
+    (site,) = report().sites
+    assert site.kernel == "fa4" and "bias" in str(site.spec)
+    assert "fa4" not in usable(site.spec, site.shapes, Device.parse("sm_90"))  # when it is asked for, but not chosen
+    assert_as_accurate(found, with_gradients(attention, [*inputs, bias]), truth(attention, [*inputs, bias]))
+    learned = replace(site.shapes, learned=site.spec.numeric)
+    assert "no gradient of a bias" in "; ".join(KERNELS["fa4"].refusals(site.spec, learned, Device.parse("sm_90")))
+    assert "on sm_90 alone" in "; ".join(KERNELS["fa4"].refusals(site.spec, site.shapes, Device.parse("sm_100")))
 
 
 def test_a_mask_whose_symbols_cancel_out() -> None:

@@ -79,6 +79,27 @@ def test_an_additive_mask_that_nobody_can_look_into(lowest: float) -> None:
     assert_as_accurate(fused, attention(*inputs), truth(attention, inputs)[0])
 
 
+@pytest.mark.parametrize("form", ["clamp", "mask", "gate"])
+def test_cpu(form: str) -> None:
+    """Compiled: the C++ template holds scores in float32 whatever `score_mod` returns, and what part of a block
+    an additive mask hides is found in C++ too, and a gate is not put into its loop."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        scores = q @ k.mT * 0.25
+        scores = scores.clamp(-0.5, 0.5) if form == "clamp" else scores + mask
+        output = scores.softmax(-1) @ v
+        return output * q if form == "gate" else output
+
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 2, 40, 16, dtype=torch.bfloat16) for _ in range(3)]
+    inputs.append(torch.full((40, 40), torch.finfo(torch.bfloat16).min, dtype=torch.bfloat16).triu(1))
+    function, report = rewritten(attention, kernel="flex", compiler="inductor")
+    with torch.no_grad():
+        fused, eager, exact = function(*inputs), attention(*inputs), truth(attention, inputs)[0]
+    assert report().n_fused == 1
+    assert_as_accurate(fused, eager, exact)
+
+
 @pytest.mark.parametrize("kv_len", [8, 12])
 def test_layers_share_a_block_mask(kv_len: int) -> None:
     """Also where they see as many of the keys as there are queries."""

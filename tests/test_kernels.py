@@ -40,6 +40,7 @@ FORMS = {
     "mask tensor, causal": AttentionSpec((SCALE, HIDDEN, CAUSAL)),
     "bias": AttentionSpec((SCALE, Bias("bias0"))),
     "bias, causal": AttentionSpec((SCALE, Bias("bias0", 0.5), CAUSAL)),
+    "bias, scale, mask tensor": AttentionSpec((Bias("bias0"), SCALE, HIDDEN)),
     "temperature, causal": AttentionSpec((ScaleBy("factor0", inverse=True), SCALE, CAUSAL)),
     "softcap, causal": AttentionSpec((SCALE, Softcap(1.5), CAUSAL)),
     "temperature, softcap": AttentionSpec((ScaleBy("factor0"), Softcap(1.5))),
@@ -50,11 +51,13 @@ FORMS = {
     "gate": AttentionSpec((SCALE, CAUSAL), gates=(ScaleBy("gate0"),)),
 }
 
+ALL = {"needs_backward": True, "learned": ("bias0", "factor0", "gate0", "sinks0")}
+
 SHAPES = {
-    "multi-head": Shapes(2, 4, 4, Q_LEN, KV_LEN, 32, 32, torch.float32, True),
-    "grouped": Shapes(2, 4, 2, Q_LEN, KV_LEN, 64, 64, torch.bfloat16, True),
-    "multi-query, head_dim 40": Shapes(2, 3, 1, Q_LEN, KV_LEN, 40, 40, torch.float16, True),
-    "head_dim 24 and 48": Shapes(1, 2, 2, Q_LEN, KV_LEN, 24, 48, torch.bfloat16, True),
+    "multi-head": Shapes(2, 4, 4, Q_LEN, KV_LEN, 32, 32, torch.float32, **ALL),
+    "grouped": Shapes(2, 4, 2, Q_LEN, KV_LEN, 64, 64, torch.bfloat16, **ALL),
+    "multi-query, head_dim 40": Shapes(2, 3, 1, Q_LEN, KV_LEN, 40, 40, torch.float16, **ALL),
+    "head_dim 24 and 48": Shapes(1, 2, 2, Q_LEN, KV_LEN, 24, 48, torch.bfloat16, **ALL),
     "as many queries": Shapes(2, 4, 2, KV_LEN, KV_LEN, 64, 64, torch.bfloat16, True),
     "one query": Shapes(2, 4, 2, 1, KV_LEN, 64, 64, torch.bfloat16, False),
     "inference": Shapes(2, 4, 2, Q_LEN, KV_LEN, 128, 128, torch.float16, False),
@@ -138,5 +141,6 @@ def tensors(at: Shapes, seed: int) -> list[Tensor]:
     padding = (torch.rand(at.batch, 1, 1, at.kv_len, generator=generator) < 0.7).to(HERE.type)
     hidden = (torch.rand(at.batch, at.num_heads, at.q_len, at.kv_len, generator=generator) < 0.3).to(HERE.type)
     padding[..., 0], hidden[..., 0] = True, False
-    wanted = [x.requires_grad_(at.needs_backward) for x in (query, key, value, *numeric)]
-    return [*wanted, padding, hidden]
+    for name, x in zip(NAMES, (query, key, value, *numeric)):
+        x.requires_grad_(at.needs_backward and (name in at.learned or name in NAMES[:3]))
+    return [query, key, value, *numeric, padding, hidden]

@@ -72,7 +72,7 @@ def test_gradients_in_every_layout(kernel: str) -> None:
 
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         given = (x.transpose(1, 2) for x in (q, k, v))
-        return flash_attention(*given, None, [], [], forward, backward, 0.25, 0.0, -1, 0, 0.0, "None", False)[
+        return flash_attention(*given, None, [], [], [], forward, backward, 0.25, 0.0, -1, 0, 0.0, "None", False)[
             0
         ].transpose(1, 2)
 

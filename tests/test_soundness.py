@@ -1292,6 +1292,22 @@ def test_operand_is_written(write: Callable[[Tensor], Any], operand: str) -> Non
     assert_sound(function, [draws.inputs(seed) for seed in range(DRAWS)], exact=exact)
 
 
+@pytest.mark.parametrize("kernel", ["sdpa", "flex"])
+@pytest.mark.parametrize("kind", ["bias", "padding"])
+def test_what_a_kernel_keeps_is_written(kind: str, kernel: str) -> None:
+    """After the attention: for the backward pass a fused call keeps what it read, eager code its weights."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        scores, keys = q @ k.mT * 0.35, keys.detach()[:, None, None]
+        held = keys > 0.0 if kind == "padding" else keys * 1
+        scores = scores.masked_fill(~held, -1e9) if kind == "padding" else scores + held
+        return scores.softmax(-1) @ v, held.zero_()
+
+    draws = Bug(function, {"keys": (2, 6)}, True, torch.float32, True)
+    inputs = [draws.inputs(seed) for seed in range(DRAWS)]
+    assert_sound(function, inputs, exact=function, kernel=kernel, device="sm_90")
+
+
 @bug(gradients=False, into=(8, 6, 8))
 def product_written_into_an_input(q: Tensor, k: Tensor, v: Tensor, into: Tensor) -> Tensor:
     """A fused call returns the product, but the caller looks into the tensor."""
@@ -1318,6 +1334,13 @@ def query_written_after_it_was_scaled(q: Tensor, k: Tensor, v: Tensor) -> tuple[
     q = q * 1
     output = ((q * 0.35) @ k.mT).softmax(-1) @ v
     return output, q.mul_(2.0)
+
+
+@bug()
+def query_written_that_has_the_only_gradient(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """A fused call keeps its query for the backward pass, where a product needs it only for the gradient of the key."""
+    q, k = q * 1, k.detach()
+    return (q @ k.mT * 0.35).softmax(-1) @ v.detach(), q.mul_(2.0)
 
 
 @bug(gradients=False)

@@ -159,6 +159,25 @@ def test_trainer_knows_only_some_backends(tmp_path: Path) -> None:
         trained(build("vit"), "vit", tmp_path, torch_compile_backend="attn_rewriter")
 
 
+@pytest.mark.parametrize("way", ["optimize", "patch"])
+def test_accelerator(way: str) -> None:
+    """What the README says to do instead."""
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    given = inputs("llama")
+    eager, exact = build("llama")(**given).logits, build("llama", torch.float64)(**given).logits
+    if way == "optimize":
+        prepared = accelerate.Accelerator(cpu=True).prepare(attn_rewriter.optimize(build("llama"), compiler=COMPILER))
+        fused, report = prepared(**given).logits, attn_rewriter.report_of(prepared)
+    else:
+        model = build("llama")
+        with attn_rewriter.patch(compiler=COMPILER) as patch:
+            fused = accelerate.Accelerator(cpu=True, dynamo_backend="inductor").prepare(model)(**given).logits
+        report = patch.report
+    assert_all_fused(report, ARCHITECTURES["llama"].n_sites)
+    assert_as_accurate(fused, eager, exact)
+
+
 # -- adapters -------------------------------------------------------------------------------------------------------
 
 

@@ -321,7 +321,7 @@ def test_no_memory_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*given: Any) -> Any:
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr("attn_rewriter.verify._with_gradients", full)
+    monkeypatch.setattr("attn_rewriter.verify._Trial.with_gradients", full)
     with pytest.warns(UserWarning, match="can't verify the attention at .*: out of memory"):
         _, report = verified(attention, *draw())
     assert report.n_fused == 1 and not report.sites[0].verified
@@ -406,6 +406,41 @@ def test_each_operand_has_gradients_of_its_own_size(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(KERNELS, "sdpa", WrongGradient("key", torch.zeros_like))
     with pytest.warns(UserWarning, match="off by .* in its gradients"):
         _, report = verified(attention, q, k, v)
+    assert report.n_fused == 0
+
+
+def test_wrong_once_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That a kernel does well when it is looked at again forgives luck alone."""
+    n_calls = 0
+
+    def at_first(output: Tensor) -> Tensor:
+        nonlocal n_calls
+        n_calls += 1
+        return output * 1.1 if n_calls == 1 else output
+
+    given = draw()
+    monkeypatch.setattr(Off, "error", staticmethod(at_first))
+    monkeypatch.setitem(KERNELS, "sdpa", Off())
+    with pytest.warns(UserWarning, match="off by .* in its output"):
+        _, report = verified(attention, *given)
+    assert report.n_fused == 0 and n_calls > 1
+
+
+def test_rows_without_a_key_are_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one thing that is known of them."""
+
+    def padded(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        return (q @ k.mT).masked_fill(~keep, torch.finfo(q.dtype).min).softmax(-1) @ v
+
+    keep = torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool)
+    keep[0, :, :6] = False
+    assert verified(padded, *draw(), keep)[1].n_fused == 1
+    torch._dynamo.reset()
+    some = keep.any(-1, keepdim=True)
+    monkeypatch.setattr(Off, "error", staticmethod(lambda output: output.where(some, float("nan"))))
+    monkeypatch.setitem(KERNELS, "sdpa", Off())
+    with pytest.warns(UserWarning, match="off by nan in its output"):
+        _, report = verified(padded, *draw(), keep)
     assert report.n_fused == 0
 
 

@@ -251,7 +251,8 @@ def test_the_cache_of_a_compiled_prompt_stays_where_it_is() -> None:
     assert written == [[True] * 4] * 2  # keys and values of two layers, in the graphs of the prompt and of a token
 
 
-def test_masks_of_prompts_are_looked_at() -> None:
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_masks_of_prompts_are_looked_at(mode: Any) -> None:
     """For a static cache `generate` makes them outside of what is compiled, as tensors that are added: what they say is
     seen, and prompts attend to no more of the cache than they fill."""
     ids = torch.randint(3, 99, (2, 9))
@@ -265,7 +266,8 @@ def test_masks_of_prompts_are_looked_at() -> None:
         model = AutoModelForCausalLM.from_config(LLAMA, attn_implementation="eager").eval()
         model.load_state_dict(eager.state_dict())
         for mask in (whole, padded, whole, padded):
-            tokens = model.generate(ids, attention_mask=mask, compile_config=compiling, **options)
+            with mode():
+                tokens = model.generate(ids, attention_mask=mask, compile_config=compiling, **options)
             assert torch.equal(tokens, eager.generate(ids, attention_mask=mask, **options))
     found = [(str(site.spec), site.shapes.q_len, site.shapes.kv_len) for site in patched.report.sites]
     scale, room = "scale 0.3536", 12

@@ -130,6 +130,41 @@ def test_what_is_handed_to_the_compiler_does_not(what: Any) -> None:
     assert compiled(torch.randn(1, 2, 9, 16))[1].is_meta
 
 
+class Layers(nn.Module):
+    """Someone's model, which compiles its layers one by one, and adds up what their weights say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleDict({"attention": Attention()}) for _ in range(2)])
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        every = []
+        for layer in self.layers:
+            x, weights = torch.compile(layer["attention"])(x)
+            every.append(weights)
+        return x + sum(weights.sum() for weights in every), every
+
+
+@pytest.mark.parametrize("keep", [[], ["layers.1"]], ids=str)
+def test_layers_that_are_compiled_under_a_patch_keep_their_weights(keep: list[str]) -> None:
+    torch._dynamo.reset()
+    model, x = Layers(), torch.randn(1, 2, 9, 16)
+    with attn_rewriter.patch(compiler="eager", keep_weights=keep) as patched:
+        found = model(x)
+    torch._dynamo.reset()
+    torch.testing.assert_close(found, model(x))
+    assert {site.kernel for site in patched.report.sites} == {None}
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["compiled in place", "compiled once more"])
+def test_models_from_transformers_under_a_patch(again: bool) -> None:
+    torch._dynamo.reset()
+    with attn_rewriter.patch(compiler="eager", keep_weights=["*.layer.1.*"]):
+        model = build("bert", "eager").eval()
+        found = outputs(torch.compile(model) if again else model, "bert").attentions
+    assert [weights.is_meta for weights in found] == [True, False]
+
+
 def test_training_with_weights_withheld() -> None:
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         weights = (q @ k.mT).softmax(-1)

@@ -1,14 +1,17 @@
-"""Twelve architectures, four layers each: eager under Inductor against the same eager models rewritten.
+"""Fifteen architectures at published sizes: eager under Inductor against the same eager models rewritten.
 
-All of them have attention that a plain scaled_dot_product_attention can't compute, or had none but eager code for
-years: sinks, softcaps, sliding windows, ALiBi, relative positions. The sizes are those of a published checkpoint, with
-few layers, a small vocabulary and random weights; dropout is 0.
+Twelve are from transformers, four layers each and with a small vocabulary. They have attention that a plain
+scaled_dot_product_attention can't compute, or had none but eager code for years: sinks, softcaps, sliding windows,
+ALiBi, relative positions. Three are from diffusers, with the attention processors from before SDPA. All have random
+weights; dropout is 0.
 
-    eager       torch.compile(model, backend="inductor"), attn_implementation="eager"
-    rewritten   the same through attn_rewriter
+    eager       torch.compile(model, backend="inductor"), attn_implementation="eager" or AttnProcessor
+    sdpa        the same with AttnProcessor2_0, which diffusers takes by itself
+    rewritten   the eager one through attn_rewriter
 
     forward     no_grad, no cache
-    training    forward and backward of the model's own loss, gradients freed before each step
+    training    forward and backward of the model's own loss, or of what an image model answers, squared; gradients
+                freed before each step
 
 Times are medians of CUDA events after warm-up. Memory is the peak over what was allocated before the first step: the
 weights and inputs. "Off by" is the root mean square of the difference from the same model run without any compiler, in
@@ -43,6 +46,8 @@ from attn_rewriter.bench.measure import Cell, Results, time_step
 from attn_rewriter.bench.processes import Worker
 
 VOCABULARY = 1024
+WORD = 768
+"""Features of a word, for models of images."""
 
 
 @dataclass(frozen=True)
@@ -61,19 +66,22 @@ class Setup:
 
 @dataclass(frozen=True)
 class Family:
-    """A checkpoint's sizes, and what is smaller in the tiny one. `size` is a batch and its tokens, or pixels a side."""
+    """A checkpoint's sizes, and what is smaller in the tiny one. `size` is a batch and its tokens, or pixels a side;
+    `kind` a task of transformers' automatic classes, or a class of diffusers."""
 
     like: str
-    auto: str
+    kind: str
     size: tuple[int, int]
     config: Mapping[str, Any]
     tiny: Mapping[str, Any] = field(default_factory=dict)
     tiny_size: tuple[int, int] = (2, 40)
     model_type: str = ""  # where it isn't the family's name
+    library: str = "transformers"
 
 
 _TEXT = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "use_cache": False}
 _BERT = {**_TEXT, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_hidden_layers": 4}
+_TINY_IMAGE = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8}
 _TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.2}
 
 FAMILIES = {
@@ -242,31 +250,138 @@ FAMILIES = {
         },
         {**_TINY, "intermediate_size": 64},
     ),
+    "unet": Family(
+        "stable-diffusion-v1-5's UNet, 512×512 pixels",
+        "UNet2DConditionModel",
+        (8, 64),
+        {"sample_size": 64, "cross_attention_dim": WORD},  # the rest is what diffusers has by default
+        {
+            **_TINY_IMAGE,
+            "attention_head_dim": 2,
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        },
+        tiny_size=(2, 8),
+        library="diffusers",
+    ),
+    "pixart": Family(
+        "PixArt-Sigma-XL-2-1024-MS, four layers, 1024×1024 pixels",
+        "PixArtTransformer2DModel",
+        (4, 128),
+        {
+            "sample_size": 128,
+            "num_layers": 4,
+            "out_channels": 8,
+            "cross_attention_dim": 1152,
+            "caption_channels": WORD,
+            "use_additional_conditions": False,
+        },
+        {
+            "sample_size": 8,
+            "num_layers": 2,
+            "num_attention_heads": 4,
+            "attention_head_dim": 8,
+            "cross_attention_dim": 32,
+        },
+        tiny_size=(2, 8),
+        library="diffusers",
+    ),
+    "vae": Family(
+        "sd-vae-ft-mse, 1024×1024 pixels",
+        "AutoencoderKL",
+        (1, 1024),
+        {
+            "block_out_channels": (128, 256, 512, 512),
+            "down_block_types": ("DownEncoderBlock2D",) * 4,
+            "up_block_types": ("UpDecoderBlock2D",) * 4,
+            "layers_per_block": 2,
+        },
+        {**_TINY_IMAGE, "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2},
+        tiny_size=(2, 16),
+        library="diffusers",
+    ),
 }
 
 
-def build(name: str, how: Setup) -> tuple[nn.Module, dict[str, Tensor]]:
+def build(name: str, row: str, how: Setup) -> tuple[nn.Module, dict[str, Tensor]]:
     """A model with random weights and inputs for it, made where they will be used; the same every time."""
-    import transformers
-
     torch.manual_seed(0)
     family = FAMILIES[name]
-    auto = getattr(transformers, f"AutoModelFor{family.auto}")
     sizes = {**family.config, **(family.tiny if how.tiny else {})}
-    config = transformers.AutoConfig.for_model(family.model_type or name, **sizes)
     with torch.device(how.device):
-        model = auto.from_config(config, dtype=how.dtype, attn_implementation="eager")
-        return model, inputs(family.auto, *(family.tiny_size if how.tiny else family.size), how.dtype)
+        model = LIBRARIES[family.library](name, sizes, how.dtype, row == "sdpa")
+        return model, INPUTS[family.kind](*(family.tiny_size if how.tiny else family.size), how.dtype)
 
 
-def inputs(auto: str, batch: int, length: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Random tokens or images, and labels."""
-    if auto == "ImageClassification":
-        images = torch.randn(batch, 3, length, length, dtype=dtype)
-        return {"pixel_values": images, "labels": torch.randint(VOCABULARY, (batch,))}
-    ids = torch.randint(3, VOCABULARY, (batch, length))  # none of them special
-    given = {"input_ids": ids, "labels": ids}
-    return {**given, "decoder_input_ids": ids.flip(1)} if auto == "Seq2SeqLM" else given
+def of_transformers(name: str, sizes: Mapping[str, Any], dtype: torch.dtype, with_sdpa: bool) -> Any:
+    """A model with eager attention, or PyTorch's own."""
+    import transformers
+
+    family = FAMILIES[name]
+    config = transformers.AutoConfig.for_model(family.model_type or name, **sizes)
+    auto = getattr(transformers, f"AutoModelFor{family.kind}")
+    return auto.from_config(config, dtype=dtype, attn_implementation="sdpa" if with_sdpa else "eager")
+
+
+def of_diffusers(name: str, sizes: Mapping[str, Any], dtype: torch.dtype, with_sdpa: bool) -> Any:
+    """The same."""
+    import diffusers
+    from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+
+    model = getattr(diffusers, FAMILIES[name].kind)(**sizes).to(dtype)
+    model.set_attn_processor(AttnProcessor2_0() if with_sdpa else AttnProcessor())
+    return model
+
+
+LIBRARIES = {"transformers": of_transformers, "diffusers": of_diffusers}
+
+
+def tokens(batch: int, length: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """None of them special, and labels."""
+    ids = torch.randint(3, VOCABULARY, (batch, length))
+    return {"input_ids": ids, "labels": ids}
+
+
+def two_texts(batch: int, length: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """For an encoder and a decoder."""
+    given = tokens(batch, length, dtype)
+    return {**given, "decoder_input_ids": given["input_ids"].flip(1)}
+
+
+def images(batch: int, length: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """With their classes."""
+    pixels = torch.randn(batch, 3, length, length, dtype=dtype)
+    return {"pixel_values": pixels, "labels": torch.randint(VOCABULARY, (batch,))}
+
+
+def pixels(batch: int, length: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """To be encoded and decoded."""
+    return {"sample": torch.randn(batch, 3, length, length, dtype=dtype)}
+
+
+def latents(batch: int, length: int, dtype: torch.dtype, image: str = "sample", words: int = 77) -> dict[str, Tensor]:
+    """With a text and a time."""
+    text = torch.randn(batch, words, WORD, dtype=dtype)
+    times = torch.randint(1000, (batch,))
+    return {image: torch.randn(batch, 4, length, length, dtype=dtype), "encoder_hidden_states": text, "timestep": times}
+
+
+def padded_latents(batch: int, length: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """With texts of 10 words, 20 and so on."""
+    given = latents(batch, length, dtype, "hidden_states", words=300)
+    is_word = torch.arange(300) < 10 * (1 + torch.arange(batch)[:, None])
+    return {**given, "encoder_attention_mask": is_word.to(dtype)}
+
+
+INPUTS = {
+    "CausalLM": tokens,
+    "MaskedLM": tokens,
+    "Seq2SeqLM": two_texts,
+    "ImageClassification": images,
+    "UNet2DConditionModel": latents,
+    "PixArtTransformer2DModel": padded_latents,
+    "AutoencoderKL": pixels,
+}
 
 
 # ------------------------------------------------------------------------------------- measurements
@@ -282,7 +397,7 @@ def forward(model: nn.Module, given: dict[str, Tensor]) -> Step:
 
     @torch.no_grad()
     def step() -> dict[str, Tensor]:
-        return {"output": model(**given).logits}
+        return {"output": model(**given)[0]}
 
     return step
 
@@ -293,19 +408,21 @@ def training(model: nn.Module, given: dict[str, Tensor]) -> Step:
 
     def step() -> dict[str, Tensor]:
         model.zero_grad(set_to_none=True)
-        model(**given).loss.backward()
+        output = model(**given)
+        loss = output.loss if "labels" in given else output[0].square().mean()
+        loss.backward()
         return {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
 
     return step
 
 
-ROWS = ("eager", "rewritten")
+ROWS = ("eager", "sdpa", "rewritten")
 COLUMNS = {"forward": forward, "training": training}
 
 
 def measure(name: str, column: str, row: str, how: Setup) -> Cell:
     """One cell: its time and memory, how far its answer is off and, where attention is rewritten, the sites."""
-    model, given = build(name, how)
+    model, given = build(name, row, how)
     step = COLUMNS[column](model, given)
     truth = answer_or_none(step)
     model.zero_grad(set_to_none=True)
@@ -427,16 +544,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_compiler(parser)
 
 
+def setup(options: argparse.Namespace) -> dict[str, Any]:
+    """What the figures depend on; ends where a library is missing."""
+    for library in dict.fromkeys(FAMILIES[family].library for family in options.families):
+        run.require(library, "a model")
+    return run.setup(options) | {"tiny": options.tiny, "compiler": options.compiler}
+
+
 def main(options: argparse.Namespace) -> int:
     """Measure, and show what there is."""
     how = Setup(options.device, getattr(torch, options.dtype), options.tiny, options.compiler, options.repeat)
-    common = {"tiny": options.tiny, "compiler": options.compiler}
     results = Results(options.json)
     with closing(Workers(options.families)) as workers:
         tasks = [
             run.Task(f"{family} {column}", row, partial(workers.measure, family, column, row, how))
             for family, column, row in product(options.families, options.columns, options.rows)
+            if row != "sdpa" or FAMILIES[family].library == "diffusers"
         ]
-        run.fill(results, tasks, lambda: models.setup(options) | common, options.limit_s)
+        run.fill(results, tasks, lambda: setup(options), options.limit_s)
     run.show(results, [table(results)] if results.data["cells"] else [], [], options.markdown)
     return int(results.failures() > 0)

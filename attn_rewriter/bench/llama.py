@@ -199,6 +199,7 @@ class Column(models.Column):
 
 
 COLUMNS = (
+    Column("prefill", 1, 512),
     Column("prefill", 1, 2048),
     Column("prefill", 1, 8192),
     Column("prefill", 1, 32768),
@@ -302,6 +303,27 @@ def speed_table(results: Results) -> run.Table:
         ratios = [ratio(results.get(c, "rewritten"), results.get(c, base)) for c in columns]
         rows += [[f"rewritten / {label}", *ratios]] if {*ratios} != {"–"} else []
     return "Time and peak memory over the weights", ["", *columns], rows
+
+
+def training_table(results: Results) -> run.Table:
+    """What training steps come to: two columns for each that was measured."""
+    setup = results.data["setup"]
+    columns = [column for column in map(Column.parse, results.data["cells"]) if column.kind == "train"]
+    header = ["", *(f"{column} {what}" for column in columns for what in ("tokens/s", "TFLOP/s"))]
+    rows = []
+    for name, row in measured_rows(results).items():
+        figures = []
+        for column in columns:
+            cell = results.get(str(column), name)
+            if "ms" not in cell:
+                figures += [run.why_not(cell) or "–", "–"]
+                continue
+            rate = column.batch * column.tokens / cell["ms"] * 1e3
+            flops = column.llama(setup["layers"], setup["hidden"]).training_flops(column.tokens)
+            figures += [f"{rate:.0f}", f"{rate * flops / 1e12:.0f}"]
+        if {*figures} != {"–"}:
+            rows.append([row.label, *figures])
+    return "Training, and the model's own products, causal attention counted by half", header, rows
 
 
 def rewriting_table(results: Results) -> run.Table:
@@ -409,7 +431,7 @@ def main(options: argparse.Namespace) -> int:
         lambda: models.setup(options) | {"layers": layers, "hidden": hidden} | run.unusual(options),
         options.limit_s,
     )
-    tables = [table for table in (speed_table(results), rewriting_table(results)) if table[2]]
+    tables = [table for table in (speed_table(results), training_table(results), rewriting_table(results)) if table[2]]
     run.show(results, tables, [*repeated_kv(results)], options.markdown)
     if options.plot and results.data["cells"]:
         plot(results, options.plot)

@@ -44,6 +44,15 @@ class Llama:
         """Features of a head."""
         return self.hidden_size // self.num_attention_heads
 
+    def training_flops(self, length: int) -> float:
+        """Of the products of a token's training step: twice a weight forward and four times backward, and the same for
+        its attention to half of `length` tokens. (What is computed once more, by a kernel's backward pass, is none of
+        the model's.)"""
+        of_keys = 2 * self.num_key_value_heads * self.head_dim
+        projections = self.hidden_size * (2 * self.hidden_size + of_keys + 3 * self.intermediate_size)
+        weights = self.num_hidden_layers * projections + self.hidden_size * self.vocab_size
+        return 6.0 * (weights + self.num_hidden_layers * self.hidden_size * length)
+
 
 @dataclass(frozen=True)
 class Column:

@@ -5,6 +5,8 @@ A `block_mask` is one node in the graph. Equal ones become one, so that all laye
 
 from __future__ import annotations
 
+from collections import ChainMap
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from attn_rewriter.kernels.base import Tensors, number
 from attn_rewriter.kernels.masking import any_in_blocks, holds, without_hidden
-from attn_rewriter.spec import Predicate, Shapes
+from attn_rewriter.spec import Bias, Modifier, Predicate, Shapes, TensorMask, conjunction
 
 BLOCK = 128
 """Queries, and keys, of a block."""
@@ -25,8 +27,8 @@ def in_memory(x: torch.Tensor) -> torch.Tensor:
     """A contiguous copy that Inductor knows nothing about, for faults of its templates (2.11 to 2.13).
 
     The Triton template takes a block mask to be contiguous, and reads past its end where Inductor gave a dimension of
-    one element another stride. The C++ template fails on a query that is a view of a tensor with other dimensions, and
-    on a captured tensor that would be computed where it is read.
+    one element another stride. The C++ template fails on a query that is a view of a tensor with other dimensions, on
+    a captured tensor that would be computed where it is read, and where what follows would be computed in its loop.
     """
     return x.clone(memory_format=torch.contiguous_format)
 
@@ -109,8 +111,21 @@ def mask_names(keep: Predicate) -> tuple[Any, ...]:
     return tuple(dict.fromkeys([*map(str, keep.tensors()), *keep.sizes()]))
 
 
-def block_mask(keep: Predicate, shapes: Shapes, tensors: Tensors) -> Any:
-    """The tensors of a `BlockMask`, as `TENSORS` names them, all int32."""
+def perhaps_masks(modifiers: Sequence[Modifier]) -> Iterator[Bias]:
+    """Biases that are the same for all heads and added last, as masks are."""
+    for modifier in reversed(modifiers):
+        if not isinstance(modifier, Bias):
+            break
+        if modifier.factor == 1 and "head" not in modifier.axes:
+            yield modifier
+
+
+def block_mask(keep: Predicate, shapes: Shapes, tensors: Tensors, biases: Iterable[Bias] = ()) -> Any:
+    """The tensors of a `BlockMask`, as `TENSORS` names them, all int32; without the blocks that biases hide."""
+    for bias in biases:
+        name = f"{bias.tensor}.blocks"
+        tensors = ChainMap({name: shown_blocks(tensors[str(bias.tensor)])}, tensors)  # type: ignore[arg-type]
+        keep = conjunction((keep, TensorMask(name, bias.axes)))
     names = mask_names(keep)
     sizes = (shapes.batch, shapes.num_heads, shapes.q_len, shapes.kv_len)
     masks = tuple(tensors[name] for name in names)

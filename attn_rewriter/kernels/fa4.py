@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -28,7 +28,7 @@ from attn_rewriter.spec import AXES, AttentionSpec, Predicate, Shapes, Softcap, 
 
 class FA4(Flash):
     """Causal, windows, softcap and GQA; backward from Hopper on. On Hopper also any mask, and the blocks that it hides
-    are left out: its `mask_mod` is made from the predicate."""
+    are left out: its `mask_mod` is made from the predicate; and biases that want no gradient, by its `score_mod`."""
 
     name = "fa4"
     distribution = "flash-attn-4"
@@ -51,21 +51,22 @@ class FA4(Flash):
         return reasons
 
     @staticmethod
+    def no_bias(form: FlashForm, shapes: Shapes, device: Device) -> list[str]:
+        reasons = _unreadable("biases", [bias.axes for bias in form.biases], shapes)
+        if not _is_hopper(device):
+            reasons.append(f"takes biases on sm_90 alone, this is {device}")
+        if any(bias.tensor in shapes.learned for bias in form.biases):
+            reasons.append("computes no gradient of a bias")
+        return reasons
+
+    @staticmethod
     def no_mask(form: FlashForm, shapes: Shapes, device: Device) -> list[str]:
         assert form.mask is not None
-        reasons = []
-        if (device.capability or (0, 0))[0] != 9:  # elsewhere its blocks have other sizes
+        reasons = _unreadable("masks", _axes(form.mask).values(), shapes)
+        if not _is_hopper(device):  # elsewhere its blocks have other sizes
             reasons.append(f"takes masks on sm_90 alone: {form.no_window}")
         if next(form.mask.sizes(), None) is not None:
             reasons.append("takes masks whose lengths and offsets are known")
-        if not isinstance(shapes.head_dim, int) or shapes.head_dim > 128:
-            reasons.append(f"takes masks up to head_dim 128, here {shapes.head_dim}")
-        if not isinstance(shapes.num_heads, int):
-            reasons.append("takes masks where the number of heads is known")
-        sizes = dict(zip(AXES, (shapes.batch, shapes.num_heads, shapes.q_len, shapes.kv_len)))
-        counts = [math.prod(sizes[axis] for axis in axes) for axes in _axes(form.mask).values()]
-        if any(isinstance(count, int) and count >= 2**31 for count in counts):
-            reasons.append("takes masks of less than 2**31 elements")
         if shapes.needs_backward and torch.are_deterministic_algorithms_enabled():
             reasons.append("has no deterministic backward pass with a mask")
         return reasons
@@ -104,6 +105,24 @@ class FA4(Flash):
         return found
 
 
+def _is_hopper(device: Device) -> bool:
+    return device.capability is not None and device.capability[0] == 9
+
+
+def _unreadable(what: str, varying: Iterable[Sequence[str]], shapes: Shapes) -> list[str]:
+    """Why a function of coordinates can't read tensors that vary over these axes."""
+    reasons = []
+    if not isinstance(shapes.head_dim, int) or shapes.head_dim > 128:
+        reasons.append(f"takes {what} up to head_dim 128, here {shapes.head_dim}")
+    if not isinstance(shapes.num_heads, int):
+        reasons.append(f"takes {what} where the number of heads is known")
+    sizes = dict(zip(AXES, (shapes.batch, shapes.num_heads, shapes.q_len, shapes.kv_len)))
+    counts = [math.prod(sizes[axis] for axis in axes) for axes in varying]
+    if any(isinstance(count, int) and count >= 2**31 for count in counts):
+        reasons.append(f"takes {what} of less than 2**31 elements")
+    return reasons
+
+
 _compiled: set[object] = set()
 
 
@@ -112,7 +131,8 @@ def _compiling(direction: str, query: Tensor, key: Tensor, how: How) -> Iterator
     """Show the first call of its kind as what it mostly is."""
     *_, num_heads, head_dim = query.shape
     window = tuple(side < 0 for side in how.window)
-    kind = direction, query.dtype, head_dim, num_heads // key.size(-2), how.causal, window, how.softcap, how.mask
+    added = tuple((x.dtype, _varies(x)) for x in how.biases)
+    kind = direction, query.dtype, head_dim, num_heads // key.size(-2), how.causal, window, how.softcap, how.mask, added
     if kind in _compiled:
         yield
         return
@@ -130,8 +150,8 @@ def _tile(query: Tensor, how: How) -> tuple[int, int] | None:
     at a time see less that is masked; in a long causal pass, more keys at a time take less time each. (H200: of 8192
     keys, 6 to 11 % less for windows of 128 to 512 keys, 2 % for 1024, none for 2048; causal, 2 % less at 32768, none
     at 8192, 5 % more at 2048. A head_dim of 112 takes more with the first.)"""
-    hopper = Device.of(query.device).capability == (9, 0)
-    if not hopper or query.size(-1) != 128 or how.mask is not None or how.softcap:
+    changed = how.mask is not None or how.softcap or how.biases
+    if not _is_hopper(Device.of(query.device)) or query.size(-1) != 128 or changed:
         return None
     if min(how.window) >= 0:
         return (192, 80) if sum(how.window) < NARROW else None
@@ -141,20 +161,30 @@ def _tile(query: Tensor, how: How) -> tuple[int, int] | None:
 def _common(how: How, query: Tensor, side: str) -> dict[str, Any]:
     """The arguments that its two passes share. It takes None for no bound, and 0 on the right as causal. Of a block
     mask, the forward pass wants the keys of each query, the backward pass the queries of each key."""
+    common: dict[str, Any] = {"softmax_scale": how.scale}
+    auxiliary = []
     if how.mask is None:
         left, right = (None if bound < 0 else bound for bound in how.window)
-        window = {"window_size_left": left, "window_size_right": None if how.causal else right}
-        return {"softmax_scale": how.scale, "causal": how.causal, **window}
-    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+        common |= {"causal": how.causal, "window_size_left": left, "window_size_right": None if how.causal else right}
+    else:
+        from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
-    half = len(how.blocks) // 2
-    blocks = how.blocks[:half] if side == "kv" else how.blocks[half:]
-    return {
-        "softmax_scale": how.scale,
-        "mask_mod": _mask_mod(how.mask, query.size(-2)),
-        "aux_tensors": _auxiliary(how.mask, how.masks) or None,
-        "block_sparse_tensors": BlockSparseTensorsTorch(*blocks, block_size=(BLOCK, BLOCK)),
-    }
+        half = len(how.blocks) // 2
+        blocks = how.blocks[:half] if side == "kv" else how.blocks[half:]
+        common["mask_mod"] = _mask_mod(how.mask, query.size(-2))
+        common["block_sparse_tensors"] = BlockSparseTensorsTorch(*blocks, block_size=(BLOCK, BLOCK))
+        auxiliary += _auxiliary(how.mask, how.masks)
+    if how.biases:
+        common["score_mod"] = _score_mod(tuple(map(_varies, how.biases)), query.size(-2))
+        if side == "q":
+            common["score_mod_bwd"] = _gradient_of_score
+        auxiliary += [x.contiguous().flatten() for x in how.biases]
+    return common | ({"aux_tensors": auxiliary} if auxiliary else {})
+
+
+def _varies(bias: Tensor) -> tuple[bool, ...]:
+    """Over which axes of the scores it does."""
+    return tuple(n != 1 for n in bias.shape)
 
 
 def _axes(mask: Predicate) -> dict[str, tuple[str, ...]]:
@@ -199,11 +229,37 @@ def _mask_mod(mask: Predicate, num_heads: int) -> Callable[..., Any]:
         kept = masking.holds(mask, tensors, b, h, q, k, wide=cutlass.Int64)
         return scalar_to_ssa(cutlass.Int32(kept), cutlass.Int32)
 
-    # It keeps what it compiled by this, on disk as well.
+    return _known_by(mask_mod, mask, num_heads)
+
+
+@lru_cache
+def _score_mod(biases: tuple[tuple[bool, ...], ...], num_heads: int) -> Callable[..., Any]:
+    """The sum of a score and of the last of the auxiliary tensors, which vary over these axes."""
+    import cutlass
+    from flash_attn.cute.utils import scalar_to_ssa, ssa_to_scalar
+
+    def score_mod(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any, seqlen_info: Any, aux_tensors: Any) -> Any:
+        sizes = None, num_heads, seqlen_info.seqlen_q, seqlen_info.seqlen_k
+        at = tuple(map(ssa_to_scalar, (b, h, q_idx, kv_idx)))  # in the last tile it wraps them around
+        total = ssa_to_scalar(score)
+        for varies, flat in zip(biases, aux_tensors[len(aux_tensors) - len(biases) :]):
+            total = total + cutlass.Float32(_Flat(flat, tuple(zip(varies, sizes)), False, cutlass.Int32)[at])
+        return scalar_to_ssa(total, cutlass.Float32)
+
+    return _known_by(score_mod, biases, num_heads)
+
+
+def _gradient_of_score(grad: Any, score: Any, *at: Any, **more: Any) -> Any:
+    """That of what is added to a score is the score's own."""
+    return grad
+
+
+def _known_by(function: Any, *values: object) -> Any:
+    """It keeps what it compiled by this, on disk as well."""
     files = [*sorted(Path(__file__).parent.glob("*.py")), Path(attn_rewriter.spec.__file__)]
-    code = repr((mask, num_heads)).encode() + b"".join(file.read_bytes() for file in files)
-    mask_mod.__cute_hash__ = hashlib.sha256(code).hexdigest()  # type: ignore[attr-defined]
-    return mask_mod
+    code = repr(values).encode() + b"".join(file.read_bytes() for file in files)
+    function.__cute_hash__ = hashlib.sha256(code).hexdigest()
+    return function
 
 
 class _Flat:

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from typing import Any, ClassVar, NamedTuple
 
 import sympy
@@ -28,13 +29,14 @@ from torch.torch_version import TorchVersion
 from attn_rewriter.device import Device, made_current
 from attn_rewriter.errors import is_out_of_memory
 from attn_rewriter.kernels.base import Kernel, Limits, Tensors
-from attn_rewriter.kernels.blocks import TENSORS, block_mask, mask_names
-from attn_rewriter.kernels.masking import scaled_query, sink_scores
+from attn_rewriter.kernels.blocks import TENSORS, block_mask, mask_names, perhaps_masks
+from attn_rewriter.kernels.masking import bias_terms, scaled_query, sink_scores
 from attn_rewriter.packages import unimportable, version
 from attn_rewriter.spec import (
     EVERY_KEY,
     AttentionSpec,
     Band,
+    Bias,
     Mask,
     Predicate,
     Scale,
@@ -54,12 +56,14 @@ HALF = frozenset({torch.float16, torch.bfloat16})
 
 @dataclass(frozen=True)
 class FlashForm:
-    """`softcap(query_scales(query) @ keyᵀ * scale)` within a window: query `i` sees the keys from `i + shift - left` to
-    `i + shift + right`, with `shift = kv_len - q_len` (the last query is aligned with the last key), None being no
-    bound. Where `mask` is not None, it says instead which keys are seen, and `no_window` why that is no window."""
+    """`softcap(query_scales(query) @ keyᵀ * scale + Σ biases)`, either with a softcap or with biases, within a window:
+    query `i` sees the keys from `i + shift - left` to `i + shift + right`, with `shift = kv_len - q_len` (the last
+    query is aligned with the last key), None being no bound. Where `mask` is not None, it says instead which keys are
+    seen, and `no_window` why that is no window; with biases that may be masks it is never None."""
 
     scale: float = 1.0
     query_scales: tuple[ScaleBy, ...] = ()
+    biases: tuple[Bias, ...] = ()
     softcap: float = 0.0
     left: int | None = None
     right: int | None = None
@@ -71,13 +75,17 @@ def flash_form(spec: AttentionSpec, shapes: Shapes) -> FlashForm | str:
     """The spec as a `FlashForm`, or the reason why it is none."""
     scale, softcap, masked = 1.0, 0.0, False
     query_scales: list[ScaleBy] = []
+    biases: list[Bias] = []
     for modifier in spec.modifiers:
         match modifier:
             case Scale(factor) if not softcap:
                 scale *= factor
-            case ScaleBy(per_key=False) if not softcap:
+                biases = [replace(bias, factor=bias.factor * factor) for bias in biases]
+            case ScaleBy(per_key=False) if not softcap and not biases:
                 query_scales.append(modifier)
-            case Softcap(cap) if not softcap and not masked:
+            case Bias() if not softcap:
+                biases.append(modifier)
+            case Softcap(cap) if not softcap and not masked and not biases:
                 softcap = cap
             case Mask():
                 masked = True
@@ -85,8 +93,10 @@ def flash_form(spec: AttentionSpec, shapes: Shapes) -> FlashForm | str:
                 return f"computes no {modifier}" + (
                     " after a softcap" if softcap else " after a mask" if masked else ""
                 )
-    form = FlashForm(scale, tuple(query_scales), softcap)
+    form = FlashForm(scale, tuple(query_scales), tuple(biases), softcap)
     keep = spec.keep.within(shapes.q_len, shapes.kv_len)
+    if any(perhaps_masks(biases)):
+        return replace(form, mask=keep, no_window="takes no additive mask")
     if keep == EVERY_KEY:
         return form
     window = _window(keep, shapes)
@@ -146,10 +156,12 @@ class Flash(Kernel):
             cls.versions[cls.name] = cls
 
     def refusals(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> list[str]:
-        reasons = super().refusals(spec, shapes, device)
         form = flash_form(spec, shapes)
+        reasons = super().refusals(spec, _narrow(shapes, form), device)
         if isinstance(form, str):
             reasons.append(form)
+        elif form.biases and (no_bias := self.no_bias(form, shapes, device)):
+            reasons += no_bias
         elif form.mask is not None:
             reasons += self.no_mask(form, shapes, device)
         if spec.dropout_p and not self.has_dropout:
@@ -163,6 +175,11 @@ class Flash(Kernel):
         if not reasons and self.name in _raised:
             reasons.append(f"raised in this process: {_raised[self.name]}")
         return reasons
+
+    @staticmethod
+    def no_bias(form: FlashForm, shapes: Shapes, device: Device) -> list[str]:
+        """Why it can't compute the biases of a form."""
+        return ["computes no bias"]
 
     @staticmethod
     def no_mask(form: FlashForm, shapes: Shapes, device: Device) -> list[str]:
@@ -191,6 +208,8 @@ def attend(
     form = flash_form(spec, shapes)
     assert not isinstance(form, str)
     query, key, value = scaled_query(form.query_scales, tensors), tensors["key"], tensors["value"]
+    if (dtype := _narrow(shapes, form).dtype) != shapes.dtype:
+        query, key, value = (x.to(dtype) for x in (query, key, value))
     scale = form.scale
     if not scale > 0:  # kernels take the largest score before they multiply
         query, scale = query * scale, 1.0
@@ -198,21 +217,29 @@ def attend(
     blocks: list[Tensor] = []
     masks: list[Tensor] = []
     if form.mask is not None:
-        found = block_mask(form.mask, shapes, tensors)
+        found = block_mask(form.mask, shapes, tensors, perhaps_masks(form.biases))
         blocks = [found[i] for i in range(len(TENSORS))]
         masks = [tensors[name] for name in mask_names(form.mask)]
+    biases = bias_terms(((str(bias.tensor), bias.factor) for bias in form.biases), tensors)
     window = (-1 if side is None else side for side in (form.left, form.right))
     names, numbers = (forward.name, backward.name), (scale, form.softcap, *window, spec.dropout_p)
     options = (*names, *numbers, repr(form.mask), falls_back)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     attention = flash_attention_with_dropout if spec.dropout_p else flash_attention
-    return attention(query, key, value, sinks, blocks, masks, *options)[0].transpose(1, 2)
+    return attention(query, key, value, sinks, blocks, masks, biases, *options)[0].transpose(1, 2)
+
+
+def _narrow(shapes: Shapes, form: FlashForm | str) -> Shapes:
+    """With the type of query, key and value: biases are added in float32, whatever their own."""
+    only_biases = isinstance(form, FlashForm) and form.biases and not form.query_scales
+    return replace(shapes, dtype=shapes.product_dtype or shapes.dtype) if only_biases else shapes
 
 
 @dataclass(frozen=True)
 class How:
-    """The rest of a call: numbers, -1 being no bound; and where there is a mask, the predicate, the tensors of its
-    `BlockMask`, and those that the predicate names, in their order."""
+    """The rest of a call: numbers, -1 being no bound; where there is a mask, the predicate, the tensors of its
+    `BlockMask`, and those that the predicate names, in their order; and what is added to the scores, which broadcasts
+    to `[batch, num_heads, q_len, kv_len]`."""
 
     scale: float
     softcap: float
@@ -222,6 +249,7 @@ class How:
     mask: Predicate | None = None
     blocks: Sequence[Tensor] = ()
     masks: Sequence[Tensor] = ()
+    biases: Sequence[Tensor] = ()
 
     @property
     def causal(self) -> bool:
@@ -261,7 +289,7 @@ def _computed(
         return run(kernel)
 
     def kind() -> tuple[Any, ...]:
-        return way, name, replace(how, blocks=(), masks=()), *((x.shape, x.dtype, x.device) for x in given)
+        return way, name, replace(how, blocks=(), masks=(), biases=()), *((x.shape, x.dtype, x.device) for x in given)
 
     if name in _raised and kind() in _failed:
         return run(stepwise)
@@ -301,6 +329,7 @@ def _flash_attention(
     sinks: Tensor | None,
     blocks: Sequence[Tensor],
     masks: Sequence[Tensor],
+    biases: Sequence[Tensor],
     forward: str,
     backward: str,
     scale: float,
@@ -311,7 +340,7 @@ def _flash_attention(
     mask: str,
     falls_back: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    how = How(scale, softcap, left, right, dropout_p, parsed(mask), blocks, masks)
+    how = How(scale, softcap, left, right, dropout_p, parsed(mask), blocks, masks, biases)
     given = _held(query), _held(key), _held(value)
     with made_current(query.device):
         passed = _computed("forward", forward, how, falls_back, lambda kernel: kernel.forward(*given, how), *given)
@@ -349,6 +378,7 @@ def _flash_attention_backward(
     random: Tensor,
     blocks: Sequence[Tensor],
     masks: Sequence[Tensor],
+    biases: Sequence[Tensor],
     backward: str,
     scale: float,
     softcap: float,
@@ -358,7 +388,7 @@ def _flash_attention_backward(
     mask: str,
     falls_back: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    how = How(scale, softcap, left, right, dropout_p, parsed(mask), blocks, masks)
+    how = How(scale, softcap, left, right, dropout_p, parsed(mask), blocks, masks, biases)
     kept = Kept(_held(query), _held(key), _held(value), output, logsumexp, random)
     gradient = _held(gradient)
     run = lambda kernel: kernel.backward(gradient, kept, how)  # noqa: E731
@@ -373,21 +403,22 @@ def _(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, key, value, sinks, blocks, masks, *ctx.options = inputs
-    ctx.counts = len(blocks), len(masks)
-    ctx.save_for_backward(query, key, value, sinks, *output, *blocks, *masks)
+    query, key, value, sinks, blocks, masks, biases, *ctx.options = inputs
+    ctx.counts = len(blocks), len(masks), len(biases)
+    ctx.save_for_backward(query, key, value, sinks, *output, *blocks, *masks, *biases)
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, gradient: Tensor, *others: None) -> tuple[Any, ...]:
     query, key, value, sinks, output, logsumexp, random, *rest = ctx.saved_tensors
-    n_blocks, n_masks = ctx.counts
+    held = iter(rest)
+    lists = [[*islice(held, count)] for count in ctx.counts]
     kept = query, key, value, output, logsumexp, random
-    found = _flash_attention_backward(gradient, *kept, rest[:n_blocks], rest[n_blocks:], *ctx.options[1:])
+    found = _flash_attention_backward(gradient, *kept, *lists, *ctx.options[1:])
     of_sinks = None
     if sinks is not None and ctx.needs_input_grad[3]:
         of_sinks = _gradient_of_sinks(gradient, output, logsumexp, sinks)
-    return *found, of_sinks, [None] * n_blocks, [None] * n_masks, *(None for _ in ctx.options)
+    return *found, of_sinks, *([None] * count for count in ctx.counts), *(None for _ in ctx.options)
 
 
 def _gradient_of_sinks(gradient: Tensor, output: Tensor, logsumexp: Tensor, sinks: Tensor) -> Tensor:
@@ -405,8 +436,8 @@ def _operator(name: str, *tags: torch.Tag) -> Any:
 
 flash_attention = _operator("flash_attention")
 """Query `[batch, q_len, num_heads, head_dim]`, key and value `[batch, kv_len, num_kv_heads, head_dim]`, sinks that
-broadcast to `[batch, num_heads, q_len]`, and the parts of a mask, to the output, shaped as the query, its logsumexp,
-and the state of the dropout."""
+broadcast to `[batch, num_heads, q_len]`, the parts of a mask, and biases, which get no gradient, to the output, shaped
+as the query, its logsumexp, and the state of the dropout."""
 
 flash_attention_with_dropout = _operator("flash_attention_with_dropout", torch.Tag.nondeterministic_seeded)
 """The same where it draws random numbers: PyTorch may neither merge two calls of it nor, but for a checkpoint that

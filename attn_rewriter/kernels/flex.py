@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections import ChainMap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -25,20 +24,17 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from attn_rewriter.device import Device
 from attn_rewriter.kernels.base import Kernel, Limits, Tensors
-from attn_rewriter.kernels.blocks import BLOCK, AsNode, block_mask, in_memory, mask_names, shown_blocks
+from attn_rewriter.kernels.blocks import BLOCK, AsNode, block_mask, in_memory, mask_names, perhaps_masks
 from attn_rewriter.kernels.masking import element, holds, modified
 from attn_rewriter.spec import (
     EVERY_KEY,
     AttentionSpec,
-    Bias,
     Mask,
     Modifier,
     Predicate,
     Scale,
     ScaleBy,
     Shapes,
-    TensorMask,
-    conjunction,
 )
 
 _MIN_HEAD_DIM = 16  # of a Triton matrix product
@@ -90,12 +86,8 @@ class Flex(Kernel):
             modifiers.pop(0)
         keep = spec.keep.within(shapes.q_len, shapes.kv_len)
         masks = tuple(tensors[name] for name in mask_names(keep))
-        in_blocks = keep
-        for bias in _perhaps_masks(modifiers):
-            name = f"{bias.tensor}.blocks"
-            tensors = ChainMap({name: shown_blocks(tensors[str(bias.tensor)])}, tensors)  # type: ignore[arg-type]
-            in_blocks = conjunction((in_blocks, TensorMask(name, bias.axes)))
-        blocks = block_mask(in_blocks, shapes, tensors) if in_blocks != EVERY_KEY else None
+        hiding = [*perhaps_masks(modifiers)]
+        blocks = block_mask(keep, shapes, tensors, hiding) if hiding or keep != EVERY_KEY else None
         names = tuple(dict.fromkeys(name for m in modifiers for name in _names(m)))
         attend = _Attend(
             keep,
@@ -119,15 +111,6 @@ class Flex(Kernel):
             share = torch.sigmoid(logsumexp * math.log(2) - sinks)  # of the keys in the weight
             output = (output * share.unsqueeze(-1)).to(dtype)
         return output
-
-
-def _perhaps_masks(modifiers: Sequence[Modifier]) -> Iterator[Bias]:
-    """Biases that are the same for all heads and added last, as masks are."""
-    for modifier in reversed(modifiers):
-        if not isinstance(modifier, Bias):
-            break
-        if modifier.factor == 1 and "head" not in modifier.axes:
-            yield modifier
 
 
 def _tuned(query: torch.Tensor, value: torch.Tensor, captured: Sequence[Any]) -> dict[str, Any]:
@@ -210,7 +193,8 @@ class _Attend(AsNode):
         buffers = tuple(
             x if isinstance(x, torch.Tensor) else query.new_full((1, 1, 1, 1), x, dtype=torch.float32) for x in captured
         )
-        if query.device.type == "cpu" and not self.logsumexp:
+        in_cpp = query.device.type == "cpu" and not self.logsumexp
+        if in_cpp:
             query, key, value = (in_memory(x) for x in (query, key, value))
             sizes = (x if isinstance(x, torch.Tensor) else torch.full((), x, dtype=torch.int64) for x in masks)
             masks, buffers = (tuple(in_memory(x) for x in held) for held in (sizes, buffers))
@@ -237,7 +221,7 @@ class _Attend(AsNode):
         output, logsumexp, _ = flex_attention(
             query, key, value, self.score_mod, sparse.as_tuple(), self.scale, options, buffers, masks
         )
-        return output, logsumexp
+        return in_memory(output) if in_cpp else output, logsumexp
 
     def fake(self, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """What `run` gives for fake tensors. (The operator can't make its backward graph among Dynamo's.)"""

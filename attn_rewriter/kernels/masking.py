@@ -68,7 +68,7 @@ def without_hidden(bias: torch.Tensor, keep: torch.Tensor | None = None) -> torc
     lowest = max(MASKED, torch.finfo(bias.dtype).min)
     far_above = bias > lowest / 2
     usual = (far_above if keep is None else far_above & keep).any(-1, keepdim=True)
-    shown = ~(bias <= lowest) | ~usual
+    shown = ~(torch.where(usual, bias, 0.0) <= lowest)  # no `|`, of which Inductor makes wrong C++ below a `pad` (2.13)
     return shown if keep is None else shown & keep
 
 
@@ -164,7 +164,8 @@ def modified(score: torch.Tensor, modifier: Modifier, tensors: Tensors, *, fast:
         case Softcap(cap):
             return cap * torch.tanh(score / cap)
         case Clamp(lower, upper):
-            return torch.clamp(score, lower, upper)
+            # Not `clamp`, which FlexAttention's C++ would store in half precision into scores of float32 (2.13).
+            return score.clamp_min(lower).clamp_max(upper)
     raise NotImplementedError(f"{modifier} on scores")
 
 

@@ -65,6 +65,8 @@ def _scores(query: Tensor, key: Tensor, how: How) -> Iterator[tuple[slice, Tenso
     for start in range(0, q_len, at_once):
         some = slice(start, start + at_once)
         scores = _ungrouped(_grouped(_by_head(query[:, some]), key) @ key.mT, num_heads) * how.scale
+        for bias in how.biases:
+            scores = scores + (bias[:, :, some] if bias.size(2) > 1 else bias)
         slope: Tensor | float = 1.0
         if how.softcap:
             bent = torch.tanh(scores / how.softcap)
