@@ -114,6 +114,21 @@ def test_what_is_declared_is_computed(kernel: str, form: str, shapes: str, devic
     assert_as_accurate(found, eager, truth)
 
 
+@pytest.mark.parametrize("head_dim", [32, 128])
+def test_gradients_of_large_scores_on_cpu(head_dim: int) -> None:
+    """Where weights are near 0 and 1: those of the backward pass are those of the forward pass."""
+    spec, device = AttentionSpec((Scale(head_dim**-0.5),)), Device.parse("cpu")
+    at = Shapes(16, 4, 4, 64, 64, head_dim, head_dim, torch.float32, True)
+    sizes = (at.batch, at.num_heads, at.q_len, head_dim)
+    inputs = [(torch.randn(sizes, device="cpu") * factor).requires_grad_() for factor in (4, 1, 1)]
+
+    def run(name: str, at: Shapes, inputs: list[Tensor]) -> Any:
+        return with_gradients(lambda *given: named(name)(spec, at, device, dict(zip(NAMES, given))), inputs)
+
+    truth = run("reference", replace(at, dtype=torch.float64), double(inputs))
+    assert_as_accurate(run("sdpa", at, inputs), run("reference", at, inputs), truth)
+
+
 NAMES = ("query", "key", "value", "bias0", "factor0", "sinks0", "gate0", "mask0", "mask1")
 
 

@@ -6,6 +6,7 @@ PyTorch then takes cuDNN, flash, memory-efficient or plain attention by its own 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +80,8 @@ class SDPA(Kernel):
         scale = form.scale
         if not scale > 0:  # kernels take the largest score, and hide keys with -inf, before they multiply
             query, scale = query * scale, 1.0
+        elif shapes.needs_backward and device.type == "cpu" and shapes.dtype not in _HALF:
+            query, scale = _scaled_in_part(query, scale)
         # Arguments that have their default are left out, so that the graph reads as a person would write it.
         options: dict[str, Any] = {"scale": scale}
         if attn_mask is not None:
@@ -139,6 +142,17 @@ def _with_sinks(
     column = F.pad(score, (kv_len, 0))
     bias = column if bias is None else F.pad(bias, (0, 1)) + column
     return bias, F.pad(key, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1))
+
+
+def _scaled_in_part(query: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
+    """The query times a number from 0.7 to 1.4, and a power of two to scale by.
+
+    PyTorch's CPU kernel computes its weights again in the backward pass, and scales scores there by other operations
+    (2.13): rounded in another way, large ones give other weights, and gradients that are several times as far off as
+    eager's. A power of two rounds nothing.
+    """
+    power = 2.0 ** round(math.log2(scale))
+    return query if scale == power else query * (scale / power), power
 
 
 def _with_one_layout_of_gradients(output: torch.Tensor, shapes: Shapes) -> torch.Tensor:
