@@ -1308,6 +1308,46 @@ def test_what_a_kernel_keeps_is_written(kind: str, kernel: str) -> None:
     assert_sound(function, inputs, exact=function, kernel=kernel, device="sm_90")
 
 
+KEPT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a bias": lambda scores, held: scores + held,
+    "a bias for every head": lambda scores, held: scores + held.expand(2, 4, 6, 6),
+    "a mask": lambda scores, held: scores.masked_fill(held > 0, -1e9) + held,
+    "a boolean mask": lambda scores, held: scores.masked_fill(~held, -1e9),
+}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "compiler"), [("sdpa", "eager"), ("sdpa", "inductor"), ("fa4", "eager"), ("fa4", "aot_eager")]
+)
+@pytest.mark.parametrize("form", KEPT)
+def test_what_a_kernel_keeps_is_written_by_the_caller(form: str, kernel: str, compiler: str) -> None:
+    """Between the two passes, when eager code no longer needs it. The copy that is kept serves both sites."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, held: Tensor) -> Tensor:
+        for _ in range(2):
+            q = KEPT[form](q @ k.mT * 0.35, held).softmax(-1) @ v
+        return q
+
+    def gradients(function: Callable[..., Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        q, k, v = (torch.randn(2, 4, 6, 8, generator=generator).bfloat16().to(dtype) for _ in range(3))
+        held = torch.randn(6, 6, generator=generator).bfloat16().to(dtype)
+        held = held < 0.5 if "boolean" in form else held
+        held[:, 0] = "boolean" in form
+        output = function(*(x.requires_grad_() for x in (q, k, v)), held)
+        held.zero_()
+        return torch.autograd.grad(output.square().sum(), (q, k, v))
+
+    dtype = torch.float32 if kernel == "sdpa" else torch.bfloat16
+    with installed():
+        fused, report = rewritten(
+            function, kernel=kernel, compiler=compiler, device=None if kernel == "sdpa" else "sm_90"
+        )
+        found = gradients(fused, dtype)
+    assert report().n_fused == 2
+    assert_as_accurate(found, gradients(function, dtype), gradients(function, torch.float64))
+
+
 @bug(gradients=False, into=(8, 6, 8))
 def product_written_into_an_input(q: Tensor, k: Tensor, v: Tensor, into: Tensor) -> Tensor:
     """A fused call returns the product, but the caller looks into the tensor."""
