@@ -62,12 +62,12 @@ _PRODUCT = ("query", "key", "value")
 
 
 def _exposed(found: Description, facts: Facts) -> set[Node]:
-    """Biases and masks that a backward pass reads again, where eager code needs its weights alone, and that the caller
-    may have written into by then."""
+    """Biases and masks that a backward pass reads again, where eager code needs its weights alone, and that the graph,
+    or who calls it, may have written into by then."""
     if not found.shapes.needs_backward:
         return set()
     nodes = {state.node for name, state in found.operands.items() if name not in _PRODUCT}
-    return {node for node in nodes if isinstance(node, Node) and facts.is_seen_outside(node)}
+    return {x for x in nodes if isinstance(x, Node) and (facts.is_seen_outside(x) or not facts.unchanged(x))}
 
 
 class _AsItIs(AsNode):
