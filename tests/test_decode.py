@@ -255,7 +255,7 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_it_compiles() -> None:
     """In a process of its own, as Triton interprets in this one."""
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    subprocess.run([sys.executable, "-m", "tests.compiled"], env=environment, check=True, timeout=900)
+    subprocess.run([sys.executable, "-m", "tests.compiled"], env=environment, check=True, timeout=300)
 
 
 SPELLED = [*{s.computes: s for s in SPELLINGS[::-1] if not s.random and s.computes}.values()]

@@ -151,7 +151,6 @@ def test_flash_attention(kernel: str, layout: str, name: str, dtype: torch.dtype
         weights = _scores(q, k, lower, upper, cap).float().softmax(-1).to(q.dtype)
         return (weights @ v.repeat_interleave(q.size(1) // v.size(1), dim=1)).transpose(1, 2)
 
-    torch.manual_seed(0)
     sizes = [(2, 8, q_len, head_dim), *[(2, kv_heads, kv_len, head_dim)] * 2]
     inputs = [torch.randn(size, dtype=dtype, device="cuda") for size in sizes]
     if layout == "positions first":
@@ -183,7 +182,6 @@ def test_mixed_passes(kernel: str, name: str, layout: str, dtype: torch.dtype, h
         weights = _scores(q, k, None, upper).float().softmax(-1).to(q.dtype)
         return (weights @ v.repeat_interleave(q.size(1) // v.size(1), dim=1)).transpose(1, 2)
 
-    torch.manual_seed(0)
     inputs = []
     for length, heads in ((q_len, 8), (384, kv_heads), (384, kv_heads)):
         x = torch.randn(2, length, 3 if layout == "packed" else 1, heads, head_dim, dtype=dtype, device="cuda")
@@ -281,7 +279,6 @@ def test_decode(mode: str | None, mask: str, q_len: int, dtype: torch.dtype) -> 
 
     torch._dynamo.reset()
     function = attn_rewriter.optimize(decode, kernel="decode", mode=mode)
-    torch.manual_seed(0)
     k, v = (torch.randn(batch, 2, room, 128, dtype=dtype, device="cuda") for _ in range(2))
     at = torch.arange(room, device="cuda")
     for filled in (5, 700, 701, 2999):
@@ -340,7 +337,6 @@ def test_a_gpu_that_is_not_the_current_one(compiler: str, kernel: str) -> None:
     def attention(q, k, v):
         return (q @ k.mT * 64**-0.5).softmax(-1) @ v
 
-    torch.manual_seed(0)
     q, k, v = (torch.randn(2, 4, n, 64, dtype=torch.bfloat16, device="cuda:1") for n in (16, 2048, 2048))
     function, report = rewritten(attention, kernel=kernel, compiler=compiler, verify=True)
     with torch.no_grad(), skipped_where_refused():

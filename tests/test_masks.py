@@ -592,7 +592,6 @@ def test_transformers(name: str, attention: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(KERNELS, "checked", Checked())
     kind, config, more, says = TRANSFORMERS[name]
     cls = getattr(transformers, kind)
-    torch.manual_seed(0)
     model = cls._from_config(cls.config_class(**config), attn_implementation=attention).eval()
     torch._dynamo.reset()
     report, given = _run(model, {"input_ids": _ids(), **more()})
@@ -612,7 +611,6 @@ def _run(model: Any, given: dict[str, Any]) -> tuple[Any, Tensor]:
 def test_static_cache(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The offset is a tensor, which the cache counts up in place."""
     monkeypatch.setitem(KERNELS, "checked", Checked())
-    torch.manual_seed(0)
     config = transformers.LlamaConfig(**_TEXT)
     model = transformers.LlamaForCausalLM._from_config(config, attn_implementation=attention).eval()
     torch._dynamo.reset()
