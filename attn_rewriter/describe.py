@@ -342,7 +342,8 @@ class _Reading:
         return name
 
     def _trace(self, name: str, node: Node, dims: Dims, *, scaled: bool = False) -> None:
-        if not self.facts.lasts(node, self.site.output):
+        stays = self.facts.lasts if name in _PRODUCT else self.facts.unchanged  # others can be copied
+        if not stays(node, self.site.output):
             refuse("describe", f"{describe_node(node)} is modified in place after the attention read it", node)
         self.operands[name] = trace(self.facts, self.reader.constant, node, dims, self.site.output, scaled=scaled)
 

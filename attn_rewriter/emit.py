@@ -16,6 +16,7 @@ from attn_rewriter.errors import Refusal, Refused, refuse
 from attn_rewriter.find import Site
 from attn_rewriter.graph import Facts, call, size, tensor
 from attn_rewriter.kernels import Kernel
+from attn_rewriter.kernels.blocks import AsNode, in_memory
 from attn_rewriter.patterns.axes import Step, extent, plan
 from attn_rewriter.spec import Size, same
 from attn_rewriter.splice import Splice, run
@@ -31,7 +32,12 @@ def emit(site: Site, found: Description, kernel: Kernel, device: Device, facts: 
         if autocast is not None and found.shapes.dtype not in (autocast, torch.float64):
             refuse("emit", f"autocast would compute in {autocast} what needs {found.shapes.dtype}", output)
         with Splice(facts, output, site.anchor) as splice:
-            operands = Operands(found, splice.stand_in, splice.as_type, splice.size)
+            exposed = _exposed(found, facts)
+
+            def of(node: Any) -> Any:
+                return _as_it_is(splice.stand_in(node)) if node in exposed else splice.stand_in(node)
+
+            operands = Operands(found, of, splice.as_type, splice.size)
             result = kernel(found.spec, found.shapes, device, operands)
             fused: Node = result.node  # type: ignore[attr-defined]
             result = arrange(result, plan(found.layout.of("output"), found.output), splice.size)
@@ -53,6 +59,32 @@ def emit(site: Site, found: Description, kernel: Kernel, device: Device, facts: 
 
 
 _PRODUCT = ("query", "key", "value")
+
+
+def _exposed(found: Description, facts: Facts) -> set[Node]:
+    """Biases and masks that a backward pass reads again, where eager code needs its weights alone, and that the graph,
+    or who calls it, may have written into by then."""
+    if not found.shapes.needs_backward:
+        return set()
+    nodes = {state.node for name, state in found.operands.items() if name not in _PRODUCT}
+    return {x for x in nodes if isinstance(x, Node) and (facts.is_seen_outside(x) or not facts.unchanged(x))}
+
+
+class _AsItIs(AsNode):
+    """A copy that Inductor does not see through: of the source it would keep a view, and never ask whether it has
+    changed (2.13)."""
+
+    __name__ = "as_it_is"
+    is_shared = True
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        once = x
+        for dim, stride in enumerate(x.stride()):
+            once = once.narrow(dim, 0, 1) if isinstance(stride, int) and stride == 0 else once
+        return in_memory(once).expand(x.shape)
+
+
+_as_it_is = _AsItIs()
 
 
 class Operands(Mapping[Any, Any]):

@@ -571,9 +571,19 @@ class Facts:
 
     def lasts(self, node: Node, at: Node) -> bool:
         """Whether a call in the place of `at`, and its backward pass, if it has one, see the contents that `node` had
-        when it was made: autograd keeps tensors by reference. (A copy would not help: Inductor, 2.13, removes it.)"""
+        when it was made: autograd keeps tensors by reference."""
         result = tensor(at)
         return self.unchanged(node, None if result is not None and result.requires_grad else at)
+
+    def is_seen_outside(self, node: Node) -> bool:
+        """Whether who calls the graph may write into a tensor later: it shares its memory with an input or output."""
+        return _storage(node) in self._outside
+
+    @cached_property
+    def _outside(self) -> set[int | None]:
+        held = {node for node in self.graph.nodes if node.op in ("placeholder", "get_attr")}
+        held.update(*(node.all_input_nodes for node in self.graph.find_nodes(op="output")))
+        return {_storage(node) for node in held} - {None}
 
     def replace(self, old: Node, new: list[Node], result: Node) -> None:
         """`result`, one of the `new` nodes that were inserted before `old`, takes its place."""

@@ -184,7 +184,7 @@ class MaskReader:
 
     def _read(self, facts: Facts, node: Node, at: tuple[Index, ...]) -> Value:
         dims = _whole(at, shape(node))
-        if facts is self.facts and not facts.lasts(node, self.until):
+        if facts is self.facts and not facts.unchanged(node, self.until):
             dims = None  # it can't be an operand
         try:
             value = self._followed(facts, node, at)
@@ -252,7 +252,7 @@ class MaskReader:
             return read
         current, own = facts.current(value, node), _own(value, at)
         dims = _whole(own, shape(current))
-        if dims is None or (facts is self.facts and not facts.lasts(current, self.until)):
+        if dims is None or (facts is self.facts and not facts.unchanged(current, self.until)):
             return read
         return self._opaque(current, dims)
 

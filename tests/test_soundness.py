@@ -763,12 +763,13 @@ def assert_sound(
     device: str | None = None,
     exact: Callable[..., Any] | None = None,
     has_corners: bool = False,
+    **options: Any,
 ) -> Report:
     """A function that was rewritten computes what it did, for every draw of its inputs; one that was not computes it
     bit by bit. `exact` is the same function for float64, None where there is none; `has_corners` says that it
     clamps."""
     eager = [outcome(function, inputs) for inputs in draws]
-    compiled, report = rewritten(function, dynamic, device, kernel=kernel)
+    compiled, report = rewritten(function, dynamic, device, kernel=kernel, **options)
     fused = [outcome(compiled, inputs) for inputs in draws]
     for ours, theirs in zip(fused, eager):
         for mine, its in zip(ours["outputs"], theirs["outputs"]):
@@ -1292,9 +1293,9 @@ def test_operand_is_written(write: Callable[[Tensor], Any], operand: str) -> Non
     assert_sound(function, [draws.inputs(seed) for seed in range(DRAWS)], exact=exact)
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "flex"])
+@pytest.mark.parametrize(("kernel", "compiler"), [("sdpa", "eager"), ("flex", "eager"), ("sdpa", "inductor")])
 @pytest.mark.parametrize("kind", ["bias", "padding"])
-def test_what_a_kernel_keeps_is_written(kind: str, kernel: str) -> None:
+def test_what_a_kernel_keeps_is_written(kind: str, kernel: str, compiler: str) -> None:
     """After the attention: for the backward pass a fused call keeps what it read, eager code its weights."""
 
     def function(q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -1305,7 +1306,49 @@ def test_what_a_kernel_keeps_is_written(kind: str, kernel: str) -> None:
 
     draws = Bug(function, {"keys": (2, 6)}, True, torch.float32, True)
     inputs = [draws.inputs(seed) for seed in range(DRAWS)]
-    assert_sound(function, inputs, exact=function, kernel=kernel, device="sm_90")
+    device = "sm_90" if compiler == "eager" else None
+    report = assert_sound(function, inputs, exact=function, kernel=kernel, device=device, compiler=compiler)
+    assert report.n_fused == 1
+
+
+KEPT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a bias": lambda scores, held: scores + held,
+    "a bias for every head": lambda scores, held: scores + held.expand(2, 4, 6, 6),
+    "a mask": lambda scores, held: scores.masked_fill(held > 0, -1e9) + held,
+    "a boolean mask": lambda scores, held: scores.masked_fill(~held, -1e9),
+}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "compiler"), [("sdpa", "eager"), ("sdpa", "inductor"), ("fa4", "eager"), ("fa4", "aot_eager")]
+)
+@pytest.mark.parametrize("form", KEPT)
+def test_what_a_kernel_keeps_is_written_by_the_caller(form: str, kernel: str, compiler: str) -> None:
+    """Between the two passes, when eager code no longer needs it. The copy that is kept serves both sites."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, held: Tensor) -> Tensor:
+        for _ in range(2):
+            q = KEPT[form](q @ k.mT * 0.35, held).softmax(-1) @ v
+        return q
+
+    def gradients(function: Callable[..., Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        q, k, v = (torch.randn(2, 4, 6, 8, generator=generator).bfloat16().to(dtype) for _ in range(3))
+        held = torch.randn(6, 6, generator=generator).bfloat16().to(dtype)
+        held = held < 0.5 if "boolean" in form else held
+        held[:, 0] = "boolean" in form
+        output = function(*(x.requires_grad_() for x in (q, k, v)), held)
+        held.zero_()
+        return torch.autograd.grad(output.square().sum(), (q, k, v))
+
+    dtype = torch.float32 if kernel == "sdpa" else torch.bfloat16
+    with installed():
+        fused, report = rewritten(
+            function, kernel=kernel, compiler=compiler, device=None if kernel == "sdpa" else "sm_90"
+        )
+        found = gradients(fused, dtype)
+    assert report().n_fused == 2
+    assert_as_accurate(found, gradients(function, dtype), gradients(function, torch.float64))
 
 
 @bug(gradients=False, into=(8, 6, 8))
