@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
 
 from attn_rewriter.contract import measured, worst
+from tests.running import joined
 
 
 def assert_as_accurate(fused: Any, eager: Any, truth: Any, name: str = "") -> None:
@@ -37,6 +38,23 @@ def assert_as_accurate(fused: Any, eager: Any, truth: Any, name: str = "") -> No
         assert fused is None and eager is None, f"{name}: only the truth is None"
     else:
         _assert_tensor_as_accurate(fused, eager, truth, name or "the output")
+
+
+def assert_as_accurate_over_draws(draw: Callable[[int], tuple[Any, Any, Any]]) -> None:
+    """Assert `assert_as_accurate` of 4 draws of the inputs as one, or of 16, or of 64. `draw` gives the results of one
+    of them: fused, eager, and the truth.
+
+    The error of few elements is mostly luck, and so is that of many which go back to a few, as gradients do to a loss.
+    Luck changes from draw to draw, a fault does not.
+    """
+    drawn: list[tuple[Any, Any, Any]] = []
+    for n in (4, 16, 64):
+        drawn += [draw(i) for i in range(len(drawn), n)]
+        try:
+            return assert_as_accurate(*(joined(results) for results in zip(*drawn)))
+        except AssertionError:
+            if n == 64:
+                raise
 
 
 def assert_the_same(fused: Any, eager: Any) -> None:

@@ -115,8 +115,7 @@ def first(n: int, *lengths: int) -> Tensor:
 @dataclass(frozen=True)
 class Model:
     """How to build a model, and what it computes: how many sites of each spec, or refused for which reason. Where no
-    kernel on CPU computes it, `device` is imagined. `training` is the mode that it is run in. Errors are compared over
-    several `draws` of the inputs, because that of a few elements is mostly luck."""
+    kernel on CPU computes it, `device` is imagined. `training` is the mode that it is run in."""
 
     build: Callable[[], nn.Module]
     inputs: Inputs
@@ -124,7 +123,6 @@ class Model:
     refused: dict[str, int] = field(default_factory=dict)
     device: str | None = None
     training: bool = False
-    draws: int = 3
 
 
 HEAD8, HEAD16 = "scale 0.3536", "scale 0.25"
@@ -161,19 +159,17 @@ def _diffusers(name: str, eager: bool = True, **config: Any) -> Callable[[], nn.
 
 DIFFUSERS = {
     "unet": Model(
-        _diffusers("UNet2DConditionModel", **_UNET), both(_LATENT, _TIMES), {HEAD8: 6, HEAD16: 2}, draws=12
+        _diffusers("UNet2DConditionModel", **_UNET), both(_LATENT, _TIMES), {HEAD8: 6, HEAD16: 2}
     ),
     "unet_masked": Model(
         _diffusers("UNet2DConditionModel", **_UNET),
         both(_LATENT, _TIMES, {"encoder_attention_mask": first(5, 5, 3)}),
         {HEAD8: 3, f"{HEAD8}, bias": 3, HEAD16: 1, f"{HEAD16}, bias": 1},
-        draws=12,
     ),
     "unet_upcast": Model(
         _diffusers("UNet2DConditionModel", upcast_attention=True, **_UNET),
         both(_LATENT, _TIMES),
         {HEAD8: 6, HEAD16: 2},
-        draws=12,
     ),
     "vae": Model(
         _diffusers("AutoencoderKL", block_out_channels=(16,), norm_num_groups=8),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -96,6 +96,8 @@ def _cotangent(x: torch.Tensor) -> torch.Tensor:
 def joined(draws: Iterable[Any]) -> Any:
     """Several results of the same nesting as one, their tensors stacked."""
     first, *rest = draws
+    if isinstance(first, Mapping):
+        return {key: joined([first[key], *(each[key] for each in rest)]) for key in first}
     if isinstance(first, (tuple, list)):
         return [joined(parts) for parts in zip(first, *rest)]
     return None if first is None else torch.stack([first, *rest])

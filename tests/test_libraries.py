@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from attn_rewriter import Backend, Device, Options, Report
 from attn_rewriter.api import compile_in_place
-from tests.accuracy import assert_as_accurate
+from tests.accuracy import assert_as_accurate_over_draws
 from tests.libraries import MODELS, Model
 from tests.models import NothingNarrowed, randomize
 from tests.running import gradients
@@ -45,11 +45,11 @@ def build(model: Model, dtype: torch.dtype) -> nn.Module:
     return built.bfloat16().to(dtype).train(model.training)
 
 
-def inputs(model: Model, dtype: torch.dtype) -> list[dict[str, Any]]:
+def inputs(model: Model, dtype: torch.dtype, draw: int) -> dict[str, Any]:
     def convert(x: Any) -> Any:
         return x.bfloat16().to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
-    return [tree_map(convert, model.inputs(torch.Generator().manual_seed(1 + i))) for i in range(model.draws)]
+    return tree_map(convert, model.inputs(torch.Generator().manual_seed(1 + draw)))
 
 
 def outputs(result: Any) -> list[torch.Tensor]:
@@ -58,15 +58,8 @@ def outputs(result: Any) -> list[torch.Tensor]:
     return [x for x in tree_leaves(held) if isinstance(x, torch.Tensor) and x.is_floating_point()]
 
 
-def run(built: nn.Module, draws: list[dict[str, Any]], *, training: bool) -> dict[str, dict[str, torch.Tensor]]:
-    """Outputs, and gradients in training, the draws stacked."""
-    results = [_step(built, given, training) for given in draws]
-    return {
-        kind: {key: torch.stack([r[kind][key] for r in results]) for key in results[0][kind]} for kind in results[0]
-    }
-
-
-def _step(built: nn.Module, given: dict[str, Any], training: bool) -> dict[str, dict[str, torch.Tensor]]:
+def step(built: nn.Module, given: dict[str, Any], training: bool) -> dict[str, dict[str, torch.Tensor]]:
+    """Outputs, and gradients in training."""
     with torch.set_grad_enabled(training):
         found = outputs(built(**given))
     return {
@@ -94,17 +87,28 @@ def assert_read(report: Report, model: Model) -> None:
         assert sum(reason in said for said in reasons) == n, report
 
 
+def assert_right(built: nn.Module, model: Model, dtype: torch.dtype, *, training: bool) -> None:
+    eager, exact = build(model, dtype), build(model, torch.float64)
+
+    def draw(i: int) -> tuple[Any, Any, Any]:
+        fused, plain = (step(each, inputs(model, dtype, i), training) for each in (built, eager))
+        with NothingNarrowed():
+            return fused, plain, step(exact, inputs(model, torch.float64, i), training)
+
+    assert_as_accurate_over_draws(draw)
+
+
 @models
 def test_training(name: str) -> None:
-    model = MODELS[name]
+    train(MODELS[name], "eager")
+
+
+def train(model: Model, compiler: str) -> None:
     built = build(model, torch.float32)
-    eager = run(built, inputs(model, torch.float32), training=True)
-    backend = compiled(built, model)
-    fused = run(built, inputs(model, torch.float32), training=True)
+    step(built, inputs(model, torch.float32, 0), training=False)  # some keep what they make in their first call
+    backend = compiled(built, model, compiler)
+    assert_right(built, model, torch.float32, training=True)
     assert_read(backend.report, model)
-    with NothingNarrowed():
-        truth = run(build(model, torch.float64), inputs(model, torch.float64), training=True)
-    assert_as_accurate(fused, eager, truth)
 
 
 @models
@@ -112,14 +116,11 @@ def test_bfloat16(name: str) -> None:
     model = MODELS[name]
     built = build(model, torch.bfloat16)
     try:
-        eager = run(built, inputs(model, torch.bfloat16), training=False)
+        step(built, inputs(model, torch.bfloat16, 0), training=False)
     except RuntimeError as error:
         pytest.skip(f"eager raises: {error}")
     backend = compiled(built, model)
-    fused = run(built, inputs(model, torch.bfloat16), training=False)
-    with NothingNarrowed():
-        truth = run(build(model, torch.float64), inputs(model, torch.float64), training=False)
-    assert_as_accurate(fused, eager, truth)
+    assert_right(built, model, torch.bfloat16, training=False)
     if name not in NATIVE:
         assert_read(backend.report, model)
 
@@ -132,12 +133,4 @@ NATIVE = {"torch-encoder"}  # in inference PyTorch runs its own fused operator, 
     ["diffusers-dit", "timm-swin", "x_transformers-decoder_masked", "vit_pytorch-simple_vit", "torch-decoder"],
 )
 def test_inductor(name: str) -> None:
-    model = MODELS[name]
-    built = build(model, torch.float32)
-    eager = run(built, inputs(model, torch.float32), training=True)
-    backend = compiled(built, model, "inductor")
-    fused = run(built, inputs(model, torch.float32), training=True)
-    assert_read(backend.report, model)
-    with NothingNarrowed():
-        truth = run(build(model, torch.float64), inputs(model, torch.float64), training=True)
-    assert_as_accurate(fused, eager, truth)
+    train(MODELS[name], "inductor")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -16,9 +16,9 @@ from torch.overrides import TorchFunctionMode
 import attn_rewriter
 from attn_rewriter import distribute
 from attn_rewriter.contract import error, rounding_unit
-from tests.accuracy import assert_as_accurate
+from tests.accuracy import assert_as_accurate_over_draws
 from tests.models import ARCHITECTURES, NothingNarrowed, build, inputs
-from tests.running import gradients
+from tests.running import double, gradients
 
 transformers.logging.set_verbosity_error()
 
@@ -47,18 +47,8 @@ def _fresh_dynamo() -> Iterator[None]:
 # Running a model
 
 
-def run(model: Any, draws: Sequence[Inputs], *, autocast: bool = False) -> Result:
-    """The outputs and gradients of a training step for each draw of the inputs, without what belongs to padding.
-
-    The draws of one tensor are compared as one, because the error of a few elements is mostly luck.
-    """
-    results = [_step(model, given, autocast) for given in draws]
-    return {
-        kind: {key: torch.stack([r[kind][key] for r in results]) for key in results[0][kind]} for kind in results[0]
-    }
-
-
-def _step(model: Any, given: Inputs, autocast: bool) -> Result:
+def step(model: Any, given: Inputs, *, autocast: bool = False) -> Result:
+    """The outputs and gradients of a training step, without what belongs to padding."""
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         outputs = model(**given)
     kept = dict(_without_padding(outputs, given))
@@ -76,25 +66,32 @@ def _without_padding(outputs: Any, given: Inputs) -> Iterator[tuple[str, torch.T
             yield name, x if mask is None else x[mask.bool()]
 
 
-def draws(name: str, padding: str = "", **shape: int) -> list[Inputs]:
-    return [inputs(name, padding, draw=i, **shape) for i in range(4)]
+unchanged = functools.cache(build)
 
 
 @functools.cache
-def truth(name: str, padding: str = "", attention: str = "eager", **shape: int) -> Result:
+def truth(name: str, padding: str = "", attention: str = "eager", **drawn: int) -> Result:
     """The model computed in float64 throughout."""
-    exact = [
-        {key: x.double() if x.is_floating_point() else x for key, x in given.items()}
-        for given in draws(name, padding, **shape)
-    ]
+    given = inputs(name, padding, **drawn)
     with NothingNarrowed():
-        return run(build(name, attention, torch.float64), exact)
+        return step(unchanged(name, attention, torch.float64), dict(zip(given, double([*given.values()]))))
 
 
 @functools.cache
-def eager(name: str, attention: str, padding: str = "", *, autocast: bool = False, **shape: int) -> Result:
+def eager(name: str, attention: str, padding: str = "", *, autocast: bool = False, **drawn: int) -> Result:
     """What the budget is made of: the model as it is, in float32 or under autocast."""
-    return run(build(name, attention), draws(name, padding, **shape), autocast=autocast)
+    return step(unchanged(name, attention), inputs(name, padding, **drawn), autocast=autocast)
+
+
+def assert_right(
+    model: Any, name: str, attention: str, padding: str = "", *, autocast: bool = False, **shape: int
+) -> None:
+    def draw(i: int) -> tuple[Result, Result, Result]:
+        fused = step(model, inputs(name, padding, draw=i, **shape), autocast=autocast)
+        plain = eager(name, attention, padding, autocast=autocast, draw=i, **shape)
+        return fused, plain, truth(name, padding, draw=i, **shape)
+
+    assert_as_accurate_over_draws(draw)
 
 
 class Graphs:
@@ -167,10 +164,9 @@ def optimized(name: str, attention: str, **options: Any) -> Any:
 @architectures
 def test_forward_and_backward(name: str, attention: str) -> None:
     model = optimized(name, attention)
-    fused = run(model, draws(name))
+    assert_right(model, name, attention)
     assert_all_fused(model, ARCHITECTURES[name].n_sites)
     assert breaks() == (1, 0)
-    assert_as_accurate(fused, eager(name, attention), truth(name))
 
 
 @attentions
@@ -179,8 +175,7 @@ def test_padding(name: str, attention: str) -> None:
     """One compiled graph serves both sides: the mask is a tensor."""
     model = optimized(name, attention)
     for padding in ("left", "right"):
-        fused = run(model, draws(name, padding))
-        assert_as_accurate(fused, eager(name, attention, padding), truth(name, padding))
+        assert_right(model, name, attention, padding)
     assert_all_fused(model, ARCHITECTURES[name].n_sites)
     assert breaks() == (1, 0)
 
@@ -233,12 +228,11 @@ def test_gradient_checkpointing(name: str, attention: str) -> None:
     padding = "left" if ARCHITECTURES[name].takes_padding else ""
     graphs = Graphs()
     model = checkpointed(optimized(name, attention, compiler=graphs))
-    fused = run(model, draws(name, padding))
+    assert_right(model, name, attention, padding)
     (graph,) = graphs.graphs
     assert any(str(node.target) == "tag_activation_checkpoint" for node in graph.graph.nodes)
     assert_all_fused(model, ARCHITECTURES[name].n_sites)
     assert breaks() == (1, 0)
-    assert_as_accurate(fused, eager(name, attention, padding), truth(name, padding))
 
 
 @pytest.mark.parametrize("also", ["autocast", "dynamic"])
@@ -248,20 +242,18 @@ def test_gradient_checkpointing_and(name: str, attention: str, also: str) -> Non
     """Masks and numbers come into the bodies from outside."""
     padding, autocast = "left", also == "autocast"
     model = checkpointed(optimized(name, attention, dynamic=True if also == "dynamic" else None))
-    fused = run(model, draws(name, padding), autocast=autocast)
+    assert_right(model, name, attention, padding, autocast=autocast)
     assert_all_fused(model, ARCHITECTURES[name].n_sites)
     assert breaks() == (1, 0)
-    assert_as_accurate(fused, eager(name, attention, padding, autocast=autocast), truth(name, padding))
 
 
 @attentions
 @architectures
 def test_autocast(name: str, attention: str) -> None:
     model = optimized(name, attention)
-    fused = run(model, draws(name), autocast=True)
+    assert_right(model, name, attention, autocast=True)
     assert_all_fused(model, ARCHITECTURES[name].n_sites)
     assert breaks() == (1, 0)
-    assert_as_accurate(fused, eager(name, attention, autocast=True), truth(name))
 
 
 @attentions
@@ -271,8 +263,7 @@ def test_dynamic_shapes(name: str, attention: str) -> None:
     shapes = [{"batch": 5, "length": 13}, {"batch": 2, "length": 16}]  # 3 is an image's number of channels
     model = optimized(name, attention, dynamic=True)
     for shape in shapes:
-        fused = run(model, draws(name, padding, **shape))
-        assert_as_accurate(fused, eager(name, attention, padding, **shape), truth(name, padding, **shape))
+        assert_right(model, name, attention, padding, **shape)
     assert breaks() == (1, 0)
     assert_all_fused(model, ARCHITECTURES[name].n_sites)
 
@@ -356,18 +347,16 @@ def test_generate_recompiles_no_more_than_without(name: str, attention: str) -> 
 )
 def test_inductor(name: str, attention: str, padding: str, autocast: bool) -> None:
     model = optimized(name, attention, compiler="inductor")
-    fused = run(model, draws(name, padding), autocast=autocast)
+    assert_right(model, name, attention, padding, autocast=autocast)
     assert_all_fused(model, ARCHITECTURES[name].n_sites)
     assert breaks() == (1, 0)
-    assert_as_accurate(fused, eager(name, attention, padding, autocast=autocast), truth(name, padding))
 
 
 def test_inductor_with_gradient_checkpointing() -> None:
     model = checkpointed(optimized("opt", "eager", compiler="inductor"))
-    fused = run(model, draws("opt", "left"))
+    assert_right(model, "opt", "eager", "left")
     assert_all_fused(model, ARCHITECTURES["opt"].n_sites)
     assert breaks() == (1, 0)
-    assert_as_accurate(fused, eager("opt", "eager", "left"), truth("opt", "left"))
 
 
 def test_inductor_generates() -> None:
@@ -383,6 +372,6 @@ def test_rotary_positions_are_not_tried_as_two_attentions(monkeypatch: pytest.Mo
     tried: list[Any] = []
     monkeypatch.setattr(distribute, "_is_two_attentions", lambda *given: tried.append(given))
     model = optimized("llama", "eager")
-    run(model, draws("llama", "left"))
+    step(model, inputs("llama", "left"))
     assert_all_fused(model, ARCHITECTURES["llama"].n_sites)
     assert not tried
