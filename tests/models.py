@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch.overrides import TorchFunctionMode
 
-VOCABULARY, BATCH, LENGTH = 99, 3, 13
+VOCABULARY, BATCH, LENGTH = 100, 3, 13
 _SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 _TEXT = {**_SIZES, "vocab_size": VOCABULARY, "max_position_embeddings": 64}
 _IMAGE = {**_SIZES, "image_size": 12, "patch_size": 4}

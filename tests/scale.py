@@ -464,7 +464,7 @@ class GivingUp:
         function = attn_rewriter.optimize(lambda x: causal(x) @ x, compiler="eager", dynamic=False)
 
         def at_length(n: int) -> None:
-            x = torch.randn(2, 4, 2 * WORLD * n, 8, device=DEVICE)
+            x = torch.randn(2, 4, LENGTH * n, 8, device=DEVICE)
             with context_parallel(mesh, buffers=[x], buffer_seq_dims=[2]):
                 function(x)
 
@@ -518,7 +518,7 @@ class Benchmark:
             found: list[Tensor] = []
             for workload in parallel.WORKLOADS:
                 model = prepared(bench_models.build(parallel.TINY, DEVICE, torch.float32))
-                column = parallel.Column(f"{engine}-{workload}", 2, 32)
+                column = parallel.Column(f"{engine}-{workload}", 2, 2 * LENGTH)
                 step = getattr(parallel, workload)(model, column, mesh)
                 found.append(step())
                 assert step().equal(found[-1]), column
@@ -549,6 +549,9 @@ PARTS = [
 PARTS_ON_GPUS = [
     *(Parts(model, compiler="inductor", dtype=dtype) for model in ("plain", "llama") for dtype in HALF_AND_SINGLE),
     *(case for case in PARTS if not isinstance(case, Parts)),
+    NotInParts(
+        "float32 in odd parts", lambda x: ((y := x[:, :, 8:]) @ y.mT).softmax(-1) @ y, "a multiple of 64 tokens, not 56"
+    ),
 ]
 
 
@@ -594,9 +597,10 @@ SCRATCH = Path()
 
 def process(rank: int, folder: Path, table: str, device: str) -> None:
     """One of the two: run all cases of a table, and write what went wrong."""
-    global SCRATCH, DEVICE
+    global SCRATCH, DEVICE, LENGTH
     SCRATCH, DEVICE = folder, device
     if device == "cuda":
+        LENGTH = 128  # in float32 the ring takes multiples of 64 tokens there
         torch.cuda.set_device(rank)
     else:
         ring_on_cpu()

@@ -137,7 +137,45 @@ def _version_2() -> dict[str, Any]:
             gradients(dout * kept(q, dropout_p, rng_state), q, k, v, out, softmax_lse, softmax_scale, *sides, softcap),
         )
 
-    return {"_flash_attn_forward": _flash_attn_forward, "_flash_attn_backward": _flash_attn_backward}
+    def sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+        """Slices of the queries and of the keys of each."""
+        assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+        for starts in zip(cu_seqlens_q.unfold(0, 2, 1).tolist(), cu_seqlens_k.unfold(0, 2, 1).tolist()):
+            queries, keys = (slice(*pair) for pair in starts)
+            assert queries.stop - queries.start <= max_seqlen_q and keys.stop - keys.start <= max_seqlen_k
+            yield queries, keys
+
+    def _flash_attn_varlen_forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+        window_size_left, window_size_right, softcap, alibi_slopes, return_softmax,
+    ):  # fmt: skip
+        assert alibi_slopes is None and not return_softmax
+        sides = checked(q[None], k[None], dropout_p, causal, window_size_left, window_size_right, softcap)
+        state = torch.randint(1 << 30, (2,)) if dropout_p else torch.zeros(2, dtype=torch.int64)
+        output, logsumexp = torch.empty_like(q), q.new_full((q.size(1), q.size(0)), float("nan"), dtype=torch.float32)
+        for queries, keys in sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+            given = (x[None] for x in (q[queries], k[keys], v[keys]))
+            found, logsumexp[:, queries] = attention(*given, softmax_scale, *sides, softcap)
+            output[queries] = (found * kept(found, dropout_p, state))[0]
+        return output, logsumexp.masked_fill(logsumexp == float("-inf"), float("inf")), q.new_empty(0), state
+
+    def _flash_attn_varlen_backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+        softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic,
+        rng_state=None,
+    ):  # fmt: skip
+        assert alibi_slopes is None
+        sides = checked(q[None], k[None], dropout_p, causal, window_size_left, window_size_right, softcap)
+        for x in (dq, dk, dv):
+            x.fill_(float("nan"))  # beyond the last key nothing is written
+        for queries, keys in sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+            given = dout[queries], q[queries], k[keys], v[keys], out[queries], softmax_lse[:, queries]
+            way, *given = (x[None] for x in given)
+            found = gradients(way * kept(way, dropout_p, rng_state), *given, softmax_scale, *sides, softcap)
+            _into((dq[queries], dk[keys], dv[keys]), tuple(x[0] for x in found))
+
+    functions = _flash_attn_forward, _flash_attn_backward, _flash_attn_varlen_forward, _flash_attn_varlen_backward
+    return {function.__name__: function for function in functions}
 
 
 def _version_3() -> dict[str, Any]:

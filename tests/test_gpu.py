@@ -79,7 +79,7 @@ def test_flex(spelling: Spelling, dtype: torch.dtype) -> None:
 
 BLOCKED = (
     "causal, padding", "mask tensor", "window 512", "softcap, causal", "learned bias, causal", "ALiBi, causal",
-    "left padding, additive tensor", "sinks, window",
+    "left padding, additive tensor", "sinks, window", "padding, 2048",
 )  # fmt: skip
 
 
@@ -87,7 +87,7 @@ BLOCKED = (
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("name", BLOCKED)
-@pytest.mark.parametrize("kernel", ["flex", "fa4"])
+@pytest.mark.parametrize("kernel", ["flex", "fa4", "fa2"])
 def test_many_blocks(kernel: str, name: str, head_dim: int, dtype: torch.dtype, mode: str) -> None:
     """Several batches of several blocks: what a block mask says of one is not read for another."""
     form = replace(FORMS[name], batch=3, heads=4, length=650, head_dim=head_dim, kv_heads=2)
@@ -160,6 +160,43 @@ def test_flash_attention(kernel: str, layout: str, name: str, dtype: torch.dtype
     fused = with_gradients(function, inputs)
     assert [site.kernel for site in report().sites] == [kernel]
     assert_as_accurate(fused, with_gradients(attention, inputs), truth(attention, inputs))
+
+
+@pytest.mark.parametrize("kv_heads", [8, 2])
+@pytest.mark.parametrize("name", ["full", "causal", "padding"])
+@pytest.mark.parametrize("kernel", ["sdpa", "fa2"])
+def test_dropout(kernel: str, name: str, kv_heads: int) -> None:
+    """Rate and scale of what is dropped; what is hidden stays hidden; the backward pass drops what the forward pass
+    did. Values of a unit matrix show the weights."""
+    length, rate = 64, 0.25
+    padding = torch.arange(length, device="cuda") % 2 < torch.tensor([[2], [1]], device="cuda")
+    causal = torch.ones(length, length, dtype=torch.bool, device="cuda").tril()
+    keep = {"full": None, "causal": causal, "padding": padding[:, None, None]}[name]
+
+    def attention(q, k, v):
+        k, v = (x.repeat_interleave(8 // kv_heads, dim=1) for x in (k, v))
+        scores = q @ k.mT * 0.125
+        scores = scores if keep is None else scores.masked_fill(~keep, float("-inf"))
+        return torch.nn.functional.dropout(scores.softmax(-1), rate) @ v
+
+    q, k = (torch.randn(2, heads, length, length, dtype=torch.bfloat16, device="cuda") for heads in (8, kv_heads))
+    v = torch.eye(length, dtype=torch.bfloat16, device="cuda").expand_as(k).contiguous().requires_grad_()
+    function, report = rewritten(attention, kernel=kernel)
+    with skipped_where_refused("not installed"):
+        found = function(q, k, v)
+    assert [site.kernel for site in report().sites] == [kernel]
+    scores = q.double() @ k.double().repeat_interleave(8 // kv_heads, dim=1).mT * 0.125
+    weights = (scores if keep is None else scores.masked_fill(~keep, float("-inf"))).softmax(-1)
+    seen = weights > 1e-3  # smaller ones may be zero anyway
+    kept = (found != 0) & seen
+    share, count = kept.sum() / seen.sum(), seen.sum()
+    assert (share - (1 - rate)).abs() < 5 * (rate * (1 - rate) / count) ** 0.5
+    torch.testing.assert_close(found[kept].double(), weights[kept] / (1 - rate), rtol=0.02, atol=0)
+    assert not found[weights == 0].any()
+    way = torch.randn_like(found)
+    (gradient,) = torch.autograd.grad(found, v, way)
+    expected = (found.double().mT @ way.double()).unflatten(1, (kv_heads, -1)).sum(2)
+    torch.testing.assert_close(gradient.double(), expected, rtol=0.02, atol=0.05)
 
 
 @pytest.mark.parametrize("kv_heads", [8, 2])

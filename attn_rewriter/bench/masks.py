@@ -6,9 +6,9 @@ itself, "eager" for the code as it is; all compiled by Inductor:
     python -m attn_rewriter bench masks --json masks.json
 
 Times are medians after warm-up, launching not counted: forward without gradients, and a training step, forward with
-backward. Outputs are compared with float64 in the first batch. Memory is the peak over the inputs. A kernel that can't
-compute a form has a dash, its reasons are in the file; cells in the file are not measured again. Without a GPU, without
-meaning: `--device cpu --tiny`.
+backward. Outputs are compared with float64 in the first batch, but for those with dropout. Memory is the peak over the
+inputs. A kernel that can't compute a form has a dash, its reasons are in the file; cells in the file are not measured
+again. Without a GPU, without meaning: `--device cpu --tiny`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from itertools import product
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attn_rewriter.bench import run
@@ -42,6 +43,7 @@ class Form:
     kv_heads: int | None = None
     extra: Callable[..., dict[str, Tensor]] = field(default=lambda form, device: {})
     scaled: bool = True
+    dropout_p: float = 0.0
 
     @property
     def sizes(self) -> str:
@@ -77,6 +79,8 @@ class Form:
         weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
         if sinks is not None:
             weights = weights[..., :-1]
+        if self.dropout_p:
+            weights = F.dropout(weights, self.dropout_p)
         return (weights @ v).transpose(1, 2).flatten(2)
 
 
@@ -171,6 +175,10 @@ def _masked(scores: Tensor, mask: Tensor) -> Tensor:
     return scores.masked_fill(~mask, float("-inf"))
 
 
+def _encoder(scores: Tensor, padding: Tensor) -> Tensor:
+    return scores.masked_fill(~padding[:, None, None], -1e9)
+
+
 FORMS = {
     "causal": Form(_causal, 4, 32, 4096, 128, 8),
     "causal, padding": Form(lambda s, padding: _causal(_padded(s, padding)), 4, 32, 4096, 128, 8, _padding),
@@ -189,9 +197,10 @@ FORMS = {
     "T5 bias": Form(_t5, 16, 16, 1024, 64, None, _buckets, scaled=False),
     "windows of 49": Form(lambda s, bias: s + bias, 4096, 4, 49, 32, None, _learned_bias),
     "windows of 256, scaled": Form(lambda s, tau, bias: s * tau + bias, 1024, 8, 256, 32, None, _tau),
-    "padding, 512": Form(
-        lambda s, padding: s.masked_fill(~padding[:, None, None], -1e9), 32, 12, 512, 64, None, _padding
-    ),
+    "padding, 512": Form(_encoder, 32, 12, 512, 64, None, _padding),
+    "padding, 512, dropout": Form(_encoder, 32, 12, 512, 64, None, _padding, dropout_p=0.1),
+    "padding, 2048": Form(_encoder, 8, 16, 2048, 64, None, _padding),
+    "padding, 2048, dropout": Form(_encoder, 8, 16, 2048, 64, None, _padding, dropout_p=0.1),
 }
 
 
@@ -218,7 +227,7 @@ def measure(
 
     def seen(output: Tensor | None) -> Cell:
         taken = run.used(function, kernel)
-        if output is None:
+        if output is None or form.dropout_p:
             return taken
         return taken | off_by(lambda *given: form(**dict(zip(inputs, given))), [*inputs.values()], output)
 

@@ -20,7 +20,8 @@ from torch import Tensor
 import attn_rewriter.spec
 from attn_rewriter.device import Device
 from attn_rewriter.kernels import masking
-from attn_rewriter.kernels.blocks import BLOCK, mask_names
+from attn_rewriter.kernels.base import Tensors
+from attn_rewriter.kernels.blocks import BLOCK, TENSORS, block_mask, mask_names, perhaps_masks
 from attn_rewriter.kernels.flash import Flash, FlashForm, How, Kept
 from attn_rewriter.progress import working
 from attn_rewriter.spec import AXES, AttentionSpec, Predicate, Shapes, Softcap, TensorMask, Values, parts
@@ -65,11 +66,16 @@ class FA4(Flash):
         reasons = _unreadable("masks", _axes(form.mask).values(), shapes)
         if not _is_hopper(device):  # elsewhere its blocks have other sizes
             reasons.append(f"takes masks on sm_90 alone: {form.no_window}")
-        if next(form.mask.sizes(), None) is not None:
-            reasons.append("takes masks whose lengths and offsets are known")
         if shapes.needs_backward and torch.are_deterministic_algorithms_enabled():
             reasons.append("has no deterministic backward pass with a mask")
         return reasons
+
+    @staticmethod
+    def mask_parts(form: FlashForm, shapes: Shapes, tensors: Tensors) -> list[Tensor]:
+        """The tensors of a `BlockMask`."""
+        assert form.mask is not None
+        found = block_mask(form.mask, shapes, tensors, perhaps_masks(form.biases))
+        return [found[i] for i in range(len(TENSORS))]
 
     @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor, how: How) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -169,8 +175,8 @@ def _common(how: How, query: Tensor, side: str) -> dict[str, Any]:
     else:
         from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
-        half = len(how.blocks) // 2
-        blocks = how.blocks[:half] if side == "kv" else how.blocks[half:]
+        half = len(how.parts) // 2
+        blocks = how.parts[:half] if side == "kv" else how.parts[half:]
         common["mask_mod"] = _mask_mod(how.mask, query.size(-2))
         common["block_sparse_tensors"] = BlockSparseTensorsTorch(*blocks, block_size=(BLOCK, BLOCK))
         auxiliary += _auxiliary(how.mask, how.masks)

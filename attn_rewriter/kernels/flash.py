@@ -29,7 +29,7 @@ from torch.torch_version import TorchVersion
 from attn_rewriter.device import Device, made_current
 from attn_rewriter.errors import is_out_of_memory
 from attn_rewriter.kernels.base import Kernel, Limits, Tensors
-from attn_rewriter.kernels.blocks import TENSORS, block_mask, mask_names, perhaps_masks
+from attn_rewriter.kernels.blocks import mask_names, perhaps_masks
 from attn_rewriter.kernels.masking import bias_terms, scaled_query, sink_scores
 from attn_rewriter.packages import unimportable, version
 from attn_rewriter.spec import (
@@ -164,6 +164,8 @@ class Flash(Kernel):
             reasons += no_bias
         elif form.mask is not None:
             reasons += self.no_mask(form, shapes, device)
+            if not reasons and next(form.mask.sizes(), None) is not None:
+                reasons.append("takes masks whose lengths and offsets are known")
         if spec.dropout_p and not self.has_dropout:
             reasons.append("has no dropout")
         if isinstance(shapes.head_dim, int) and shapes.head_dim % 8:
@@ -185,6 +187,11 @@ class Flash(Kernel):
     def no_mask(form: FlashForm, shapes: Shapes, device: Device) -> list[str]:
         """Why it can't compute the mask of a form."""
         return [form.no_window]
+
+    @staticmethod
+    def mask_parts(form: FlashForm, shapes: Shapes, tensors: Tensors) -> list[Tensor]:
+        """What it wants to know of the mask of a form, computed in the graph, where all layers share it."""
+        raise NotImplementedError
 
     def attend(self, spec: AttentionSpec, shapes: Shapes, device: Device, tensors: Tensors) -> Tensor:
         return attend(self, self, spec, shapes, tensors, self.falls_back)
@@ -214,11 +221,10 @@ def attend(
     if not scale > 0:  # kernels take the largest score before they multiply
         query, scale = query * scale, 1.0
     sinks = None if spec.sinks is None else sink_scores(spec.sinks, tensors).squeeze(-1)
-    blocks: list[Tensor] = []
+    parts: list[Tensor] = []
     masks: list[Tensor] = []
     if form.mask is not None:
-        found = block_mask(form.mask, shapes, tensors, perhaps_masks(form.biases))
-        blocks = [found[i] for i in range(len(TENSORS))]
+        parts = forward.mask_parts(form, shapes, tensors)
         masks = [tensors[name] for name in mask_names(form.mask)]
     biases = bias_terms(((str(bias.tensor), bias.factor) for bias in form.biases), tensors)
     window = (-1 if side is None else side for side in (form.left, form.right))
@@ -226,7 +232,7 @@ def attend(
     options = (*names, *numbers, repr(form.mask), falls_back)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     attention = flash_attention_with_dropout if spec.dropout_p else flash_attention
-    return attention(query, key, value, sinks, blocks, masks, biases, *options)[0].transpose(1, 2)
+    return attention(query, key, value, sinks, parts, masks, biases, *options)[0].transpose(1, 2)
 
 
 def _narrow(shapes: Shapes, form: FlashForm | str) -> Shapes:
@@ -237,9 +243,9 @@ def _narrow(shapes: Shapes, form: FlashForm | str) -> Shapes:
 
 @dataclass(frozen=True)
 class How:
-    """The rest of a call: numbers, -1 being no bound; where there is a mask, the predicate, the tensors of its
-    `BlockMask`, and those that the predicate names, in their order; and what is added to the scores, which broadcasts
-    to `[batch, num_heads, q_len, kv_len]`."""
+    """The rest of a call: numbers, -1 being no bound; where there is a mask, the predicate, its parts as the kernel
+    wants them, and the tensors that the predicate names, in their order; and what is added to the scores, which
+    broadcasts to `[batch, num_heads, q_len, kv_len]`."""
 
     scale: float
     softcap: float
@@ -247,7 +253,7 @@ class How:
     right: int
     dropout_p: float
     mask: Predicate | None = None
-    blocks: Sequence[Tensor] = ()
+    parts: Sequence[Tensor] = ()
     masks: Sequence[Tensor] = ()
     biases: Sequence[Tensor] = ()
 
@@ -289,7 +295,7 @@ def _computed(
         return run(kernel)
 
     def kind() -> tuple[Any, ...]:
-        return way, name, replace(how, blocks=(), masks=(), biases=()), *((x.shape, x.dtype, x.device) for x in given)
+        return way, name, replace(how, parts=(), masks=(), biases=()), *((x.shape, x.dtype, x.device) for x in given)
 
     if name in _raised and kind() in _failed:
         return run(stepwise)
@@ -327,7 +333,7 @@ def _flash_attention(
     key: Tensor,
     value: Tensor,
     sinks: Tensor | None,
-    blocks: Sequence[Tensor],
+    parts: Sequence[Tensor],
     masks: Sequence[Tensor],
     biases: Sequence[Tensor],
     forward: str,
@@ -340,7 +346,7 @@ def _flash_attention(
     mask: str,
     falls_back: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    how = How(scale, softcap, left, right, dropout_p, parsed(mask), blocks, masks, biases)
+    how = How(scale, softcap, left, right, dropout_p, parsed(mask), parts, masks, biases)
     given = _held(query), _held(key), _held(value)
     with made_current(query.device):
         passed = _computed("forward", forward, how, falls_back, lambda kernel: kernel.forward(*given, how), *given)
@@ -376,7 +382,7 @@ def _flash_attention_backward(
     output: Tensor,
     logsumexp: Tensor,
     random: Tensor,
-    blocks: Sequence[Tensor],
+    parts: Sequence[Tensor],
     masks: Sequence[Tensor],
     biases: Sequence[Tensor],
     backward: str,
@@ -388,7 +394,7 @@ def _flash_attention_backward(
     mask: str,
     falls_back: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    how = How(scale, softcap, left, right, dropout_p, parsed(mask), blocks, masks, biases)
+    how = How(scale, softcap, left, right, dropout_p, parsed(mask), parts, masks, biases)
     kept = Kept(_held(query), _held(key), _held(value), output, logsumexp, random)
     gradient = _held(gradient)
     run = lambda kernel: kernel.backward(gradient, kept, how)  # noqa: E731
@@ -403,9 +409,9 @@ def _(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, key, value, sinks, blocks, masks, biases, *ctx.options = inputs
-    ctx.counts = len(blocks), len(masks), len(biases)
-    ctx.save_for_backward(query, key, value, sinks, *output, *blocks, *masks, *biases)
+    query, key, value, sinks, parts, masks, biases, *ctx.options = inputs
+    ctx.counts = len(parts), len(masks), len(biases)
+    ctx.save_for_backward(query, key, value, sinks, *output, *parts, *masks, *biases)
     ctx.set_materialize_grads(False)
 
 

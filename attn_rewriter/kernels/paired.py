@@ -8,7 +8,7 @@ from torch import Tensor
 
 from attn_rewriter.device import Device
 from attn_rewriter.kernels.base import Kernel, Tensors
-from attn_rewriter.kernels.flash import Flash, attend
+from attn_rewriter.kernels.flash import Flash, FlashForm, attend, flash_form
 from attn_rewriter.spec import AttentionSpec, Shapes
 
 
@@ -24,6 +24,10 @@ class Paired(Kernel):
         reasons = [] if shapes.needs_backward else ["is for training"]
         if spec.dropout_p:
             reasons.append("has no dropout: one kernel would not drop what the other did")
+        form = flash_form(spec, shapes)
+        masked = isinstance(form, FlashForm) and form.mask is not None
+        if masked and self.forward.mask_parts is not self.backward.mask_parts:
+            reasons.append("takes its mask in two ways")
         reasons += self.forward.refusals(spec, replace(shapes, needs_backward=False), device)
         reasons += self.backward.refusals(spec, shapes, device)
         return [*dict.fromkeys(reasons)]

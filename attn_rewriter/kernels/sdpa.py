@@ -22,6 +22,10 @@ from attn_rewriter.spec import AttentionSpec, Band, Shapes, same
 
 _HALF = (torch.float16, torch.bfloat16)
 
+_RING_MULTIPLE = 64
+"""Memory-efficient attention pads its logsumexp to a multiple of 32, and PyTorch's ring (2.11) adds it up as it is, of
+all of a process's part or of a half."""
+
 
 class SDPA(Kernel):
     """Any affine form: scale, biases, masks as tensors, causal without one, GQA, dropout; sinks as one more key."""
@@ -34,10 +38,10 @@ class SDPA(Kernel):
         form = spec.affine()
         reasons = super().refusals(spec, shapes, device)
         reasons += [form] if isinstance(form, str) else self._too_large(spec, shapes, device)
-        return reasons + (self._local(spec, shapes) if ring() is not None else [])
+        return reasons + (self._local(spec, shapes, device) if ring() is not None else [])
 
     @staticmethod
-    def _local(spec: AttentionSpec, shapes: Shapes) -> list[str]:
+    def _local(spec: AttentionSpec, shapes: Shapes, device: Device) -> list[str]:
         """What a part of a sequence says nothing about the whole of."""
         reasons = []
         if not spec.is_plain(shapes) or not same(shapes.q_len, shapes.kv_len):
@@ -47,6 +51,12 @@ class SDPA(Kernel):
             )
         if spec.dropout_p:  # its backward pass would draw the last part's random numbers for all parts
             reasons.append("context_parallel() takes no dropout")
+        multiple = isinstance(shapes.q_len, int) and shapes.q_len % _RING_MULTIPLE == 0
+        if device.type == "cuda" and shapes.dtype not in _HALF and not multiple:
+            reasons.append(
+                f"context_parallel() takes {str(shapes.dtype).removeprefix('torch.')} on CUDA where each process has a "
+                f"multiple of {_RING_MULTIPLE} tokens, not {shapes.q_len}"
+            )
         return reasons
 
     @staticmethod
