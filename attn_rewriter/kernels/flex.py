@@ -37,7 +37,12 @@ from attn_rewriter.spec import (
     Shapes,
 )
 
-_MIN_HEAD_DIM = 16  # of a Triton matrix product
+_MIN_HEAD_DIM = {"cuda": 16, "cpu": 24}
+"""Of a Triton matrix product; and of one in C++: on processors with AVX2, one of 8 or 16 features writes eight scores
+too many where the keys are a multiple of 8, but not of 16 (2.13: `CppMicroGemmFP32Vec`, the tail of an operand that is
+transposed)."""
+
+_PAD = 16
 _WHOLE = 1 << 30
 
 
@@ -98,9 +103,9 @@ class Flex(Kernel):
             shapes.needs_backward or spec.sinks is not None,
             dtype != torch.float32,
         )
-        small = device.type == "cuda" and min(shapes.head_dim, shapes.head_dim_v) < _MIN_HEAD_DIM
+        small = min(shapes.head_dim, shapes.head_dim_v) < _MIN_HEAD_DIM.get(device.type, 0)
         if small:
-            query, key, value = (F.pad(x, (0, _MIN_HEAD_DIM)) for x in (query, key, value))
+            query, key, value = (F.pad(x, (0, _PAD)) for x in (query, key, value))
         captured = tuple(tensors[name] for name in names)
         result = attend(query, key, value, blocks, masks, captured)
         output, logsumexp = result[0], result[1]
