@@ -11,13 +11,14 @@ import torch
 from attn_rewriter.device import Device
 from attn_rewriter.errors import KernelUnavailable, Refusal
 from attn_rewriter.kernels import KERNELS, PAIRS, Kernel, named
+from attn_rewriter.kernels.blocks import perhaps_masks
 from attn_rewriter.measured import passes
 from attn_rewriter.spec import EVERY_KEY, AttentionSpec, Bias, Shapes, at_most
 
 Request = Union[str, Sequence[str]]
 
 FEW_QUERIES, SHORT = 127, 512
-"""Less than a block of FlexAttention, and a few of them."""
+"""Less than a block of FlexAttention, and a few of them (of queries, or of keys)."""
 
 MANY_KEYS = 8
 """So many for each query are worth splitting."""
@@ -43,9 +44,11 @@ def order(spec: AttentionSpec, shapes: Shapes, device: Device) -> tuple[str, ...
     On CUDA: where scores are nothing but scaled and causal, as measured (`attn_rewriter/measured.py`), in training each
     pass for itself, or SDPA first where nothing was. SDPA's kernels read any other mask or bias whole. For few queries
     against many keys, the kernel for decoding leaves out what is masked; for more, flash-attention 4 does from Hopper
-    on, and FlexAttention. Up to a few blocks of queries and no bias it takes longer to find out what can be left out
-    (`python -m attn_rewriter bench masks`). In float32 FlexAttention's backward pass has tiles of 16, whatever the
-    card. Flash-attention 4 never ran with a bias and takes one only when it is asked for by name.
+    on, and FlexAttention; and flash-attention 2 where all that is masked is padding of the keys, which alone has
+    dropout as well. Up to a few blocks of queries, or of keys, and no other bias than one that may be a mask, it takes
+    longer to find out what can be left out (`python -m attn_rewriter bench masks`). In float32 FlexAttention's backward
+    pass has tiles of 16, whatever the card. Of biases, flash-attention 4 comes first with those of heads and keys
+    alone, as ALiBi's are, and in inference: with others it was not measured, and gradients were not compared.
     """
     if device.platform != "cuda":
         return _in_order("sdpa", "flex")
@@ -57,17 +60,24 @@ def order(spec: AttentionSpec, shapes: Shapes, device: Device) -> tuple[str, ...
     if few:
         many_keys = not at_most(shapes.kv_len, MANY_KEYS * shapes.q_len)
         return _in_order(*(("decode",) if many_keys else ()), "sdpa", "flex")
-    form = spec.affine()
-    biased = any(isinstance(modifier, Bias) for modifier in spec.modifiers)
-    unbiased = not isinstance(form, str) and not biased and spec.sinks is None
-    short = unbiased and isinstance(shapes.q_len, int) and shapes.q_len <= SHORT
-    wide = (shapes.product_dtype or shapes.dtype) == torch.float32
-    if short or wide:
-        return _in_order("sdpa", "flex")
-    if biased:
-        return tuple(name for name in _in_order("flex", "sdpa") if name != "fa4")
-    newest = ("fa4",) if (device.capability or (0, 0)) >= (9, 0) else ()
-    return _in_order(*newest, "flex", *FLASH, "sdpa")
+    if spec.dropout_p:
+        return _in_order("fa2", "sdpa")
+    capability = device.capability or (0, 0)
+    newest = ("fa4",) if capability >= (9, 0) else ()
+    biases = [modifier for modifier in spec.modifiers if isinstance(modifier, Bias)]
+    masks_alone = (
+        not isinstance(spec.affine(), str) and spec.sinks is None and biases == [*perhaps_masks(spec.modifiers)]
+    )
+    short = any(isinstance(length, int) and length <= SHORT for length in (shapes.q_len, shapes.kv_len))
+    if (shapes.product_dtype or shapes.dtype) == torch.float32 or (short and masks_alone):
+        first: tuple[str, ...] = ("sdpa", "flex")
+    elif biases:
+        first = (*newest, "flex", "sdpa")
+    else:
+        padded = capability < (10, 0) and spec.keep.varies_over() <= {"batch", "key"}
+        first = (*newest, *(("fa2",) if padded else ()), "flex", *FLASH, "sdpa")
+    measured = not shapes.needs_backward and all({*bias.axes} <= {"head", "key"} for bias in biases)
+    return tuple(name for name in _in_order(*first) if name != "fa4" or not biases or measured)
 
 
 def with_pairs(

@@ -18,9 +18,12 @@ CAUSAL = AttentionSpec((SCALE, Mask(None, Band(None, 0), "keep")))
 PADDED = AttentionSpec((SCALE, Mask("mask0", TensorMask("mask0", ("batch", "key")), "keep")))
 CAPPED = AttentionSpec((SCALE, Softcap(50.0)))
 BIASED = AttentionSpec((SCALE, Bias("bias0")))
+ADDITIVE = AttentionSpec((SCALE, Bias("bias0", axes=("batch", "key"))))
+ALIBI = AttentionSpec((SCALE, Bias("bias0", axes=("head", "key")), *CAUSAL.modifiers[1:]))
 LONG = Shapes(4, 16, 16, 4096, 4096, 64, 64, torch.bfloat16)
 TRAINING, DECODE = replace(LONG, needs_backward=True), replace(LONG, q_len=1)
 GROWING = replace(DECODE, batch=Symbol("s0", positive=True), kv_len=Symbol("s1", positive=True))
+FEW_KEYS = replace(LONG, kv_len=300)
 SHORT, WIDE = replace(LONG, q_len=512, kv_len=512), replace(LONG, dtype=torch.float32)
 
 
@@ -39,6 +42,10 @@ SHORT, WIDE = replace(LONG, q_len=512, kv_len=512), replace(LONG, dtype=torch.fl
         ("sm_90", PADDED, replace(DECODE, needs_backward=True), "sdpa"),
         ("sm_75", PADDED, DECODE, "sdpa"),
         ("gfx942", PADDED, DECODE, "sdpa"),
+        ("sm_90", PADDED, FEW_KEYS, "sdpa"),
+        ("sm_90", ADDITIVE, FEW_KEYS, "sdpa"),
+        ("sm_90", ADDITIVE, LONG, "flex"),
+        ("sm_90", ALIBI, FEW_KEYS, "flex"),
         ("sm_90", BIASED, SHORT, "flex"),
         ("sm_90", BIASED, WIDE, "sdpa"),
         ("sm_90", CAPPED, WIDE, "flex"),
@@ -71,6 +78,34 @@ def test_kernel(device: str, spec: AttentionSpec, shapes: Shapes, kernel: str) -
     choice = choose(spec, shapes, Device.parse(device))
     found = choice.kernel.name if isinstance(choice, Choice) else choice.reason
     assert found == kernel if isinstance(choice, Choice) else kernel in found
+
+
+def dropping(spec: AttentionSpec) -> AttentionSpec:
+    return replace(spec, dropout_p=0.1)
+
+
+@pytest.mark.parametrize(
+    ("device", "spec", "shapes", "kernel"),
+    [
+        ("sm_80", PADDED, LONG, "fa2"),
+        ("sm_80", PADDED, TRAINING, "fa2"),
+        ("sm_80", PADDED, SHORT, "sdpa"),
+        ("sm_90", PADDED, LONG, "fa4"),
+        ("sm_100", PADDED, LONG, "flex"),
+        ("sm_90", dropping(PADDED), TRAINING, "fa2"),
+        ("sm_90", dropping(PADDED), replace(SHORT, needs_backward=True), "fa2"),
+        ("sm_90", dropping(replace(PADDED, modifiers=(*PADDED.modifiers, *CAUSAL.modifiers[1:]))), TRAINING, "sdpa"),
+        ("sm_90", dropping(PADDED), WIDE, "sdpa"),
+        ("sm_90", ALIBI, LONG, "fa4"),
+        ("sm_90", ALIBI, TRAINING, "flex"),
+        ("sm_90", BIASED, LONG, "flex"),
+        ("sm_80", ALIBI, LONG, "flex"),
+    ],
+)
+def test_kernel_with_packages(device: str, spec: AttentionSpec, shapes: Shapes, kernel: str) -> None:
+    with installed():
+        choice = choose(spec, shapes, Device.parse(device))
+    assert isinstance(choice, Choice) and choice.kernel.name == kernel
 
 
 def test_flex_is_a_kernel_under_inductor_alone() -> None:

@@ -168,7 +168,12 @@ def test_tables_name_kernels_and_where_they_are_from() -> None:
 def test_dropout_is_for_version_2() -> None:
     choice = choose(replace(band(-100, 0), dropout_p=0.1), shapes(1024, 1024), Device.parse("sm_90"), inductor=False)
     assert isinstance(choice, Choice) and choice.kernel.name == "fa2"
-    assert {f"{name}: has no dropout" for name in ("flex", "fa4", "fa3")} <= {r.reason for r in choice.refused}
+    assert not choice.refused
+    for name in ("flex", "fa4", "fa3"):
+        at = replace(shapes(1024, 1024), needs_backward=False)
+        assert "has no dropout" in KERNELS[name].refusals(
+            replace(band(-100, 0), dropout_p=0.1), at, Device.parse("sm_90")
+        )
     capped = AttentionSpec((Scale(0.125), Softcap(30.0)), dropout_p=0.1)
     assert KERNELS["fa2"].refusals(capped, shapes(), Device.parse("sm_90")) == ["has no dropout with a softcap"]
 
@@ -309,6 +314,8 @@ def test_biases(name: str) -> None:
     (site,) = report().sites
     assert site.kernel == "fa4" and "bias" in str(site.spec)
     assert "fa4" not in usable(site.spec, site.shapes, Device.parse("sm_90"))  # when it is asked for, but not chosen
+    grouped = replace(site.shapes, num_heads=4)
+    assert "bias of another head" in "; ".join(KERNELS["fa4"].refusals(site.spec, grouped, Device.parse("sm_90")))
     assert_as_accurate(found, with_gradients(attention, [*inputs, bias]), truth(attention, [*inputs, bias]))
     learned = replace(site.shapes, learned=site.spec.numeric)
     assert "no gradient of a bias" in "; ".join(KERNELS["fa4"].refusals(site.spec, learned, Device.parse("sm_90")))

@@ -58,6 +58,8 @@ class FA4(Flash):
             reasons.append(f"takes biases on sm_90 alone, this is {device}")
         if any(bias.tensor in shapes.learned for bias in form.biases):
             reasons.append("computes no gradient of a bias")
+        if shapes.needs_backward and shapes.is_gqa:  # 4.0.0b36 takes heads there to be packed, which they are not
+            reasons.append("takes the bias of another head in its backward pass where heads share a key")
         return reasons
 
     @staticmethod
@@ -184,8 +186,14 @@ def _common(how: How, query: Tensor, side: str) -> dict[str, Any]:
         common["score_mod"] = _score_mod(tuple(map(_varies, how.biases)), query.size(-2))
         if side == "q":
             common["score_mod_bwd"] = _gradient_of_score
-        auxiliary += [x.contiguous().flatten() for x in how.biases]
+        auxiliary += [_above_lowest(x).contiguous().flatten() for x in how.biases]
     return common | ({"aux_tensors": auxiliary} if auxiliary else {})
+
+
+def _above_lowest(bias: Tensor) -> Tensor:
+    """The kernel multiplies scores by log2(e): the lowest number would become minus infinity, and a block of them NaN.
+    What is hidden by this one has no weight either."""
+    return bias.clamp_min(max(-1e30, torch.finfo(bias.dtype).min))
 
 
 def _varies(bias: Tensor) -> tuple[bool, ...]:
