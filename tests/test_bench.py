@@ -237,8 +237,14 @@ def test_longest(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "line"),
     [
-        ("llama", "| rewritten / by hand | 0.986 ×, 1.000 × | 0.978 ×, 1.000 × |"),
-        ("families", "| rewritten | 17.96 (2.93×) | 0.66 | 3.2e-02 |"),
+        ("llama_h200", "| rewritten / by hand | 0.986 ×, 1.000 × | 0.978 ×, 1.000 × |"),
+        ("llama_h100", "| HF eager, rewritten | 13.61 ms, 0.04 GiB |"),
+        ("families_h200", "| rewritten | 17.96 (2.93×) | 0.66 | 3.2e-02 |"),
+        ("families_h100", "| rewritten | 10.71 (2.44×) | 0.32 | 8.5e-03 | 8/8: fa4 4, flex 4 |"),
+        (
+            "parallel_h100",
+            "| tp-train-1x8192: rewritten | 76506 | 107.1 (1.62×) | 6.13 | 33.0 | 8/8: fa4 8 | 10.508823 |",
+        ),
     ],
 )
 def test_the_models_of_the_readme(
@@ -246,11 +252,11 @@ def test_the_models_of_the_readme(
 ) -> None:
     """Shown also where there is no transformers, which is only missed when something is measured."""
     monkeypatch.setattr(run.importlib.util, "find_spec", lambda package: None)
-    file = Path(__file__).parent.parent / "examples" / f"{name}_h200.json"
-    assert main(["bench", name, "--json", str(file), "--limit-s", "0", "--markdown"]) == 0
+    file, (bench, _) = Path(__file__).parent.parent / "examples" / f"{name}.json", name.split("_")
+    assert main(["bench", bench, "--json", str(file), "--limit-s", "0", "--markdown"]) == 0
     assert line in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"a model needs transformers: pip install 'attn-rewriter\[bench\]'"):
-        main(["bench", name, *TINY, "--json", str(tmp_path / "file.json")])
+        main(["bench", bench, *TINY, "--json", str(tmp_path / "file.json")])
 
 
 def test_operations_of_a_training_step() -> None:
