@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ _PACKAGES = ("torch", "triton", "transformers", "flash-attn", "flash-attn-3", "f
 
 _CAUSAL = AttentionSpec((Scale(128**-0.5), Mask(None, Band(None, 0), "keep")))
 _PADDED = AttentionSpec((Scale(128**-0.5), Mask("mask0", TensorMask("mask0", ("batch", "key")), "keep")))
+_DROPPED = replace(_PADDED, dropout_p=0.1)
 _CAPPED = AttentionSpec((Scale(256**-0.5), Softcap(50.0), Mask(None, Band(None, 0), "keep")))
 _BIASED = AttentionSpec((Scale(128**-0.5), Bias("bias0")))
 _SITUATIONS = (
@@ -32,6 +34,7 @@ _SITUATIONS = (
     ("training, causal, GQA", _CAUSAL, Shapes(4, 32, 8, 4096, 4096, 128, 128, torch.bfloat16, True)),
     ("decode, one query", AttentionSpec((Scale(128**-0.5),)), Shapes(8, 32, 8, 1, 8192, 128, 128, torch.bfloat16)),
     ("encoder, key padding", _PADDED, Shapes(32, 12, 12, 512, 512, 64, 64, torch.float16)),
+    ("the same, training with dropout", _DROPPED, Shapes(32, 12, 12, 512, 512, 64, 64, torch.float16, True)),
     ("prefill, softcap", _CAPPED, Shapes(1, 8, 4, 4096, 4096, 256, 256, torch.bfloat16)),
     ("training, softcap", _CAPPED, Shapes(1, 8, 4, 4096, 4096, 256, 256, torch.bfloat16, True)),
     ("bias, float32", _BIASED, Shapes(8, 12, 12, 512, 512, 64, 64, torch.float32)),
