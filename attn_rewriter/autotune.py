@@ -35,13 +35,13 @@ from attn_rewriter.kernels import KERNELS, PAIRS
 from attn_rewriter.kernels.flash import Flash
 from attn_rewriter.packages import version
 from attn_rewriter.progress import working
-from attn_rewriter.spec import And, Mask, Not, Predicate, TensorMask
+from attn_rewriter.spec import And, Compare, Mask, Not, Predicate, TensorMask
 from attn_rewriter.timing import calls_in, milliseconds
 
 log = logging.getLogger("attn_rewriter")
 
 _READINGS, _READING_MS = 5, 10.0  # for each kernel and pass
-_METHOD = 2  # of timing: files of another say something else
+_METHOD = 3  # of timing: files of another say something else
 _PACKAGES = ("torch", "triton", "attn-rewriter", *(kernel.distribution for kernel in Flash.versions.values()))
 
 Times = dict[str, float]
@@ -139,8 +139,8 @@ class Samples:
             self._contents[found.operands[name].node] = content
 
     def _keep(self, predicate: Predicate, wanted: bool, names: dict[str, float], kv_len: Any) -> None:
-        """What the tensors of a predicate must hold for it to be as wanted. (A length, offset or position as large as
-        the last one keeps all keys.)"""
+        """What the tensors of a predicate must hold for it to be as wanted. (Keys from 0 on are all kept, and so are
+        those up to a length, offset or position as large as the last one, and those of one document.)"""
         match predicate:
             case Not(term):
                 self._keep(term, not wanted, names, kv_len)
@@ -149,8 +149,11 @@ class Samples:
                     self._keep(term, wanted, names, kv_len)
             case TensorMask(tensor=name, additive=additive):
                 names[str(name)] = float(wanted != additive)
-            case _:
-                names.update(dict.fromkeys(map(str, predicate.tensors()), float(kv_len)))
+            case Compare(left, right, relation):
+                low, high = (left, right) if wanted else (right, left)
+                equal = relation == ("eq" if wanted else "ne")
+                for side, content in ((low, 0), (high, 0 if equal else kv_len)):
+                    names.update((str(values.tensor), float(content)) for values in side.values())
 
     def __call__(self, node: Any) -> Any:
         """A tensor like a node's, or whatever else an operand is."""

@@ -65,16 +65,16 @@ def order(spec: AttentionSpec, shapes: Shapes, device: Device) -> tuple[str, ...
     capability = device.capability or (0, 0)
     newest = ("fa4",) if capability >= (9, 0) else ()
     biases = [modifier for modifier in spec.modifiers if isinstance(modifier, Bias)]
-    masks_alone = (
-        not isinstance(spec.affine(), str) and spec.sinks is None and biases == [*perhaps_masks(spec.modifiers)]
-    )
+    perhaps_alone = len([*perhaps_masks(biases)]) == len(biases)
+    masks_alone = not isinstance(spec.affine(), str) and spec.sinks is None and perhaps_alone
     short = any(isinstance(length, int) and length <= SHORT for length in (shapes.q_len, shapes.kv_len))
     if (shapes.product_dtype or shapes.dtype) == torch.float32 or (short and masks_alone):
         first: tuple[str, ...] = ("sdpa", "flex")
     elif biases:
         first = (*newest, "flex", "sdpa")
     else:
-        padded = capability < (10, 0) and spec.keep.varies_over() <= {"batch", "key"}
+        axes = spec.keep.varies_over()
+        padded = "key" in axes and axes <= {"batch", "key"} and capability < (10, 0)
         first = (*newest, *(("fa2",) if padded else ()), "flex", *FLASH, "sdpa")
     measured = not shapes.needs_backward and all({*bias.axes} <= {"head", "key"} for bias in biases)
     return tuple(name for name in _in_order(*first) if name != "fa4" or not biases or measured)

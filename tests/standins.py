@@ -165,7 +165,7 @@ def _version_2() -> dict[str, Any]:
         softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic,
         rng_state=None,
     ):  # fmt: skip
-        assert alibi_slopes is None
+        assert alibi_slopes is None and softmax_lse.is_contiguous()  # it is read by its address
         sides = checked(q[None], k[None], dropout_p, causal, window_size_left, window_size_right, softcap)
         for x in (dq, dk, dv):
             x.fill_(float("nan"))  # beyond the last key nothing is written
@@ -400,6 +400,8 @@ def _interpreted(decode: Any) -> Any:
 FUNCTIONS = {
     ("fa2", "forward"): ("flash_attn.flash_attn_interface", "_flash_attn_forward"),
     ("fa2", "backward"): ("flash_attn.flash_attn_interface", "_flash_attn_backward"),
+    ("fa2", "forward, padding"): ("flash_attn.flash_attn_interface", "_flash_attn_varlen_forward"),
+    ("fa2", "backward, padding"): ("flash_attn.flash_attn_interface", "_flash_attn_varlen_backward"),
     ("fa3", "forward"): ("flash_attn_interface", "_flash_attn_forward"),
     ("fa3", "backward"): ("flash_attn_interface", "_flash_attn_backward"),
     ("fa4", "forward"): ("flash_attn.cute.interface", "_flash_attn_fwd"),

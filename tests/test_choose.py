@@ -19,6 +19,9 @@ PADDED = AttentionSpec((SCALE, Mask("mask0", TensorMask("mask0", ("batch", "key"
 CAPPED = AttentionSpec((SCALE, Softcap(50.0)))
 BIASED = AttentionSpec((SCALE, Bias("bias0")))
 ADDITIVE = AttentionSpec((SCALE, Bias("bias0", axes=("batch", "key"))))
+TWO_ADDITIVE = replace(
+    ADDITIVE, modifiers=(*ADDITIVE.modifiers, Bias("bias1", axes=("query", "key")), *CAUSAL.modifiers[1:])
+)
 ALIBI = AttentionSpec((SCALE, Bias("bias0", axes=("head", "key")), *CAUSAL.modifiers[1:]))
 LONG = Shapes(4, 16, 16, 4096, 4096, 64, 64, torch.bfloat16)
 TRAINING, DECODE = replace(LONG, needs_backward=True), replace(LONG, q_len=1)
@@ -44,6 +47,7 @@ SHORT, WIDE = replace(LONG, q_len=512, kv_len=512), replace(LONG, dtype=torch.fl
         ("gfx942", PADDED, DECODE, "sdpa"),
         ("sm_90", PADDED, FEW_KEYS, "sdpa"),
         ("sm_90", ADDITIVE, FEW_KEYS, "sdpa"),
+        ("sm_90", TWO_ADDITIVE, FEW_KEYS, "sdpa"),
         ("sm_90", ADDITIVE, LONG, "flex"),
         ("sm_90", ALIBI, FEW_KEYS, "flex"),
         ("sm_90", BIASED, SHORT, "flex"),
@@ -100,6 +104,7 @@ def dropping(spec: AttentionSpec) -> AttentionSpec:
         ("sm_90", ALIBI, TRAINING, "flex"),
         ("sm_90", BIASED, LONG, "flex"),
         ("sm_80", ALIBI, LONG, "flex"),
+        ("sm_80", CAPPED, LONG, "flex"),
     ],
 )
 def test_kernel_with_packages(device: str, spec: AttentionSpec, shapes: Shapes, kernel: str) -> None:

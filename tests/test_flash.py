@@ -322,6 +322,101 @@ def test_biases(name: str) -> None:
     assert "on sm_90 alone" in "; ".join(KERNELS["fa4"].refusals(site.spec, site.shapes, Device.parse("sm_100")))
 
 
+def padded(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, p: float = 0.0) -> Tensor:
+    k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+    scores = (q @ k.mT * 0.25).masked_fill(~keep[:, None, None], float("-inf"))
+    return F.dropout(scores.softmax(-1), p) @ v
+
+
+def with_padding(kv_heads: int = 4, q_len: int = 20) -> list[Tensor]:
+    """Padded on the right, on the left, with holes, and not at all."""
+    q, k, v = (torch.randn(4, n, m, 16, dtype=torch.bfloat16) for n, m in ((4, q_len), (kv_heads, 30), (kv_heads, 30)))
+    at = torch.arange(30)
+    keep = torch.stack([at < 7, at >= 11, at % 3 > 0, at >= 0])
+    return [*(x.requires_grad_() for x in (q, k, v)), keep]
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("q_len", [1, 20, 40])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_padding_is_left_out(dynamic: bool, q_len: int, kv_heads: int) -> None:
+    draws = []
+    for _ in range(DRAWS):
+        draws.append(with_padding(kv_heads, q_len))
+        for x, dims in zip(draws[-1], ([0], [0, 2], [0, 2], [0, 1]) if dynamic else ()):
+            for dim in dims:
+                torch._dynamo.mark_dynamic(x, dim)
+    function, report = rewritten(padded, kernel="fa2", device="sm_90")
+    found = joined(with_gradients(function, inputs) for inputs in draws)
+    assert [(site.kernel, str(site.spec)) for site in report().sites] == [("fa2", "scale 0.25, key padding")]
+    assert_as_accurate(
+        found,
+        joined(with_gradients(padded, inputs) for inputs in draws),
+        joined(truth(padded, inputs) for inputs in draws),
+    )
+
+
+def test_padding_of_all_layers_is_looked_at_once() -> None:
+    inputs, seen = with_padding(), []
+
+    def layers(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        return padded(padded(q, k, v, keep), k, v, keep)
+
+    def compiler(gm: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        seen.extend(node for node in gm.graph.nodes if getattr(node.target, "__name__", "") == "shown_keys")
+        return gm
+
+    function, report = rewritten(layers, kernel="fa2", device="sm_90", compiler=compiler)
+    found = with_gradients(function, inputs)
+    assert report().n_fused == 2 and len(seen) == 1
+    assert_as_accurate(found, with_gradients(layers, inputs), truth(layers, inputs))
+
+
+def test_padding_with_dropout() -> None:
+    """Each head is dropped as a whole by the stand-in, in both passes."""
+    inputs = with_padding()
+    function, report = rewritten(lambda *given: padded(*given, 0.5), kernel="fa2", device="sm_90")
+    output, plain = function(*inputs), padded(*inputs)
+    assert [site.kernel for site in report().sites] == ["fa2"]
+    of_value = [torch.autograd.grad(x.sum(), inputs[2])[0] for x in (output, plain)]
+    forward, backward = (
+        ((x.double() * y.double()).sum((2, 3)) / y.double().square().sum((2, 3))).round()
+        for x, y in ((output, plain), of_value)
+    )
+    assert torch.equal(forward, backward) and {*forward.flatten().tolist()} == {0.0, 2.0}
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_a_sequence_of_padding_alone_gives_finite_numbers(sinks: bool) -> None:
+    inputs = with_padding()
+    inputs[3][1] = False
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, sink: Tensor) -> Tensor:
+        scores = (q @ k.mT * 0.25).masked_fill(~keep[:, None, None], float("-inf"))
+        if not sinks:
+            return scores.softmax(-1) @ v
+        return torch.cat([scores, sink.expand(4, 4, 20, 1)], -1).softmax(-1)[..., :-1] @ v
+
+    inputs.append(torch.randn(4, 1, 1, dtype=torch.bfloat16).requires_grad_(sinks))
+    function, report = rewritten(attention, kernel="fa2", device="sm_90")
+    output, gradients = with_gradients(function, inputs)
+    assert report().n_fused == 1 and not output[1].any()
+    assert all(x.isfinite().all() for x in (output, *gradients))
+
+
+@pytest.mark.parametrize("mask", ["causal", "of a query"])
+def test_what_hides_keys_from_some_queries_is_not_padding(mask: str) -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        scores = (q @ k.mT).masked_fill(~keep[:, None, None], float("-inf"))
+        hidden = torch.ones(20, 30, dtype=torch.bool).triu(11) if mask == "causal" else keep[:, None, :20, None]
+        return scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v
+
+    function, report = rewritten(attention, kernel=["fa2", "reference"], device="sm_90")
+    function(*with_padding())
+    (site,) = report().sites
+    assert site.kernel == "reference" and "fa2: takes a window, not" in str(site)
+
+
 def test_a_mask_whose_symbols_cancel_out() -> None:
     def attention(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
         n = q.size(-2)

@@ -102,7 +102,7 @@ class FA2(Flash):
         given = query.flatten(0, 1), shown.packed(key), shown.packed(value)
         found = tuple(x.new_empty(x.shape) for x in given)
         output, gradient = output.flatten(0, 1), gradient.flatten(0, 1)
-        logsumexp = logsumexp.transpose(0, 1).flatten(1)
+        logsumexp = logsumexp.transpose(0, 1).flatten(1).contiguous()  # which the package does not see to
         _flash_attn_varlen_backward(gradient, *given, output, logsumexp, *found, *shown.where, *numbers, *options)
         return found[0].view(query.shape), *(shown.unpacked(x, like) for x, like in zip(found[1:], (key, value)))
 

@@ -38,11 +38,9 @@ from attn_rewriter.spec import (
 )
 
 _MIN_HEAD_DIM = {"cuda": 16, "cpu": 24}
-"""Of a Triton matrix product; and of one in C++: on processors with AVX2, one of 8 or 16 features writes eight scores
-too many where the keys are a multiple of 8, but not of 16 (2.13: `CppMicroGemmFP32Vec`, the tail of an operand that is
-transposed)."""
-
-_PAD = 16
+"""Of a Triton matrix product; and of one in C++: with vectors of 8 numbers (AVX2), one of 8 or 16 features writes eight
+scores too many where the keys are a multiple of 8, but not of 16 (2.13: `CppMicroGemmFP32Vec`, the tail of an operand
+that is transposed, whose first implementation is for less than 24 features)."""
 _WHOLE = 1 << 30
 
 
@@ -103,9 +101,10 @@ class Flex(Kernel):
             shapes.needs_backward or spec.sinks is not None,
             dtype != torch.float32,
         )
-        small = min(shapes.head_dim, shapes.head_dim_v) < _MIN_HEAD_DIM.get(device.type, 0)
+        least = _MIN_HEAD_DIM.get(device.type, 0)
+        small = min(shapes.head_dim, shapes.head_dim_v) < least
         if small:
-            query, key, value = (F.pad(x, (0, _PAD)) for x in (query, key, value))
+            query, key, value = (F.pad(x, (0, least)) for x in (query, key, value))
         captured = tuple(tensors[name] for name in names)
         result = attend(query, key, value, blocks, masks, captured)
         output, logsumexp = result[0], result[1]

@@ -24,12 +24,12 @@ class Paired(Kernel):
         reasons = [] if shapes.needs_backward else ["is for training"]
         if spec.dropout_p:
             reasons.append("has no dropout: one kernel would not drop what the other did")
-        form = flash_form(spec, shapes)
-        masked = isinstance(form, FlashForm) and form.mask is not None
-        if masked and self.forward.mask_parts is not self.backward.mask_parts:
-            reasons.append("takes its mask in two ways")
         reasons += self.forward.refusals(spec, replace(shapes, needs_backward=False), device)
         reasons += self.backward.refusals(spec, shapes, device)
+        form = flash_form(spec, shapes)
+        masked = isinstance(form, FlashForm) and form.mask is not None
+        if not reasons and masked and self.forward.mask_parts is not self.backward.mask_parts:
+            reasons.append("takes its mask in two ways")
         return [*dict.fromkeys(reasons)]
 
     def attend(self, spec: AttentionSpec, shapes: Shapes, device: Device, tensors: Tensors) -> Tensor:
