@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 import attn_rewriter
 from attn_rewriter import Report
 from tests import models
-from tests.accuracy import assert_as_accurate
+from tests.accuracy import assert_as_accurate, assert_as_accurate_over_draws
 from tests.running import gradients, rewritten
 
 big_modeling = pytest.importorskip("accelerate.big_modeling")
@@ -96,17 +96,21 @@ def test_hooks_that_only_move(way: Callable[[Any], Callable[[], Report]]) -> Non
 @pytest.mark.parametrize("name", ["gpt2", "bert", "bart", "mistral"])
 def test_architectures(name: str) -> None:
     """Tied weights, buffers, two stacks; with padding and the default cache, forward and backward."""
-    given = models.inputs(name, padding="right")
-    step = lambda model: gradients(model, [model(**given).logits])  # noqa: E731
-    model = models.build(name, "eager")
-    eager = step(model)
+    eager, model = (models.build(name, "eager") for _ in range(2))
     attn_rewriter.optimize(dispatch(model), compiler="eager")
-    found = step(model)
+    with models.NothingNarrowed():
+        exact = models.build(name, "eager", torch.float64)
+
+    def draw(i: int) -> tuple[Any, Any, Any]:
+        given = models.inputs(name, padding="right", draw=i)
+        step = lambda model: gradients(model, [model(**given).logits])  # noqa: E731
+        with models.NothingNarrowed():
+            truth = step(exact)
+        return step(model), step(eager), truth
+
+    assert_as_accurate_over_draws(draw)
     report = attn_rewriter.report_of(model)
     assert report.n_fused == report.n_sites == models.ARCHITECTURES[name].n_sites, report
-    with models.NothingNarrowed():
-        truth = step(models.build(name, "eager", torch.float64))
-    assert_as_accurate(found, eager, truth)
 
 
 def test_offloaded(tmp_path: Path) -> None:
