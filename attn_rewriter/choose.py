@@ -47,8 +47,8 @@ def order(spec: AttentionSpec, shapes: Shapes, device: Device) -> tuple[str, ...
     on, and FlexAttention; and flash-attention 2 where all that is masked is padding of the keys, which alone has
     dropout as well. Up to a few blocks of queries, or of keys, and no other bias than one that may be a mask, it takes
     longer to find out what can be left out (`python -m attn_rewriter bench masks`). In float32 FlexAttention's backward
-    pass has tiles of 16, whatever the card. Of biases, flash-attention 4 comes first with those of heads and keys
-    alone, as ALiBi's are, and in inference: with others it was not measured, and gradients were not compared.
+    pass has tiles of 16, whatever the card. With biases, flash-attention 4 is taken where they vary over heads and
+    keys alone, as ALiBi's, and in inference: others were not measured, and gradients not compared.
     """
     if device.platform != "cuda":
         return _in_order("sdpa", "flex")
@@ -76,8 +76,9 @@ def order(spec: AttentionSpec, shapes: Shapes, device: Device) -> tuple[str, ...
         axes = spec.keep.varies_over()
         padded = "key" in axes and axes <= {"batch", "key"} and capability < (10, 0)
         first = (*newest, *(("fa2",) if padded else ()), "flex", *FLASH, "sdpa")
-    measured = not shapes.needs_backward and all({*bias.axes} <= {"head", "key"} for bias in biases)
-    return tuple(name for name in _in_order(*first) if name != "fa4" or not biases or measured)
+    like_alibi = all("head" in bias.axes and {*bias.axes} <= {"head", "key"} for bias in biases)
+    biases_in_fa4 = like_alibi and not shapes.needs_backward
+    return tuple(name for name in _in_order(*first) if name != "fa4" or not biases or biases_in_fa4)
 
 
 def with_pairs(

@@ -103,6 +103,8 @@ def dropping(spec: AttentionSpec) -> AttentionSpec:
         ("sm_90", ALIBI, LONG, "fa4"),
         ("sm_90", ALIBI, TRAINING, "flex"),
         ("sm_90", BIASED, LONG, "flex"),
+        ("sm_90", ADDITIVE, LONG, "flex"),
+        ("sm_90", replace(ADDITIVE, modifiers=(SCALE, Bias("bias0", axes=("key",)))), LONG, "flex"),
         ("sm_80", ALIBI, LONG, "flex"),
         ("sm_80", CAPPED, LONG, "flex"),
     ],
