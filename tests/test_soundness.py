@@ -716,7 +716,7 @@ def kernels_for(dtype: torch.dtype, around: str) -> tuple[str, ...]:
     """Triton's interpreter knows no bfloat16. In a checkpoint that is not compiled, FlexAttention has no backward
     pass."""
     interpreted = dtype != torch.bfloat16 and around != "autocast"
-    blocks = ("flex", "flex", "fa4") if around != "checkpoint" else ()
+    blocks = ("flex", "flex", "fa4", "fa2") if around != "checkpoint" else ()
     return "auto", "sdpa", *blocks, *(("decode",) if interpreted else ())
 
 
@@ -854,6 +854,7 @@ KERNELS: dict[str, tuple[str | list[str], str | None]] = {
     "sdpa": (["sdpa", "reference"], None),
     "flex": (["flex", "sdpa", "reference"], "sm_90"),
     "fa4": (["fa4", "flex", "reference"], "sm_90"),
+    "fa2": (["fa2", "flex", "reference"], "sm_90"),
     "decode": (["decode", "sdpa", "reference"], "sm_90"),
 }
 
