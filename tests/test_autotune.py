@@ -97,6 +97,25 @@ def test_what_is_fastest_is_taken_and_kept(
     assert len([*folder.iterdir()]) == 2
 
 
+def test_masks_of_samples_hide_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(autotune, "_time", lambda found, device, name: seen.append(found) or (1.0,))
+
+    def padded(q: Tensor, k: Tensor, v: Tensor, start: Tensor, length: Tensor, document: Tensor) -> Tensor:
+        at = torch.arange(k.size(-2))
+        keep = (at >= start[:, None]) & (at < length[:, None])
+        keep = keep[:, None, None] & (document[:, None, :, None] == document[:, None, None])
+        return (q @ k.mT).masked_fill(~keep, float("-inf")).softmax(-1) @ v
+
+    numbers = torch.tensor([3, 5]), torch.tensor([20, 40]), torch.zeros(2, 40, dtype=torch.long)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        attn_rewriter.optimize(padded, dynamic=False, autotune=True)(*inputs()[:3], *numbers)
+    samples = autotune.Samples(seen[0])
+    held = {x.unique().item() for x in (samples(o.node) for o in seen[0].operands.values()) if x.dtype == torch.long}
+    assert held == {0, 40}  # where keys begin, and which document they are of; where they end
+
+
 def test_training_is_timed_with_its_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     grad = torch.autograd.grad

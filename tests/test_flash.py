@@ -166,14 +166,11 @@ def test_tables_name_kernels_and_where_they_are_from() -> None:
 
 
 def test_dropout_is_for_version_2() -> None:
-    choice = choose(replace(band(-100, 0), dropout_p=0.1), shapes(1024, 1024), Device.parse("sm_90"), inductor=False)
-    assert isinstance(choice, Choice) and choice.kernel.name == "fa2"
-    assert not choice.refused
+    call = replace(band(-100, 0), dropout_p=0.1), shapes(1024, 1024), Device.parse("sm_90")
+    choice = choose(*call, inductor=False)
+    assert isinstance(choice, Choice) and choice.kernel.name == "fa2" and not choice.refused
     for name in ("flex", "fa4", "fa3"):
-        at = replace(shapes(1024, 1024), needs_backward=False)
-        assert "has no dropout" in KERNELS[name].refusals(
-            replace(band(-100, 0), dropout_p=0.1), at, Device.parse("sm_90")
-        )
+        assert "has no dropout" in KERNELS[name].refusals(*call)
     capped = AttentionSpec((Scale(0.125), Softcap(30.0)), dropout_p=0.1)
     assert KERNELS["fa2"].refusals(capped, shapes(), Device.parse("sm_90")) == ["has no dropout with a softcap"]
 

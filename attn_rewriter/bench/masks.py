@@ -97,8 +97,8 @@ def _causal(scores: Tensor, window: int | None = None) -> Tensor:
     return scores.masked_fill(~keep, float("-inf"))
 
 
-def _padded(scores: Tensor, padding: Tensor) -> Tensor:
-    return scores.masked_fill(~padding[:, None, None], float("-inf"))
+def _padded(scores: Tensor, padding: Tensor, low: float = -math.inf) -> Tensor:
+    return scores.masked_fill(~padding[:, None, None], low)
 
 
 def _t5(scores: Tensor, embedding: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ def _masked(scores: Tensor, mask: Tensor) -> Tensor:
 
 
 def _encoder(scores: Tensor, padding: Tensor) -> Tensor:
-    return scores.masked_fill(~padding[:, None, None], -1e9)
+    return _padded(scores, padding, -1e9)
 
 
 FORMS = {

@@ -186,14 +186,8 @@ def _common(how: How, query: Tensor, side: str) -> dict[str, Any]:
         common["score_mod"] = _score_mod(tuple(map(_varies, how.biases)), query.size(-2))
         if side == "q":
             common["score_mod_bwd"] = _gradient_of_score
-        auxiliary += [_above_lowest(x).contiguous().flatten() for x in how.biases]
+        auxiliary += [x.contiguous().flatten() for x in how.biases]
     return common | ({"aux_tensors": auxiliary} if auxiliary else {})
-
-
-def _above_lowest(bias: Tensor) -> Tensor:
-    """The kernel multiplies scores by log2(e): the lowest number would become minus infinity, and a block of them NaN.
-    What is hidden by this one has no weight either."""
-    return bias.clamp_min(max(-1e30, torch.finfo(bias.dtype).min))
 
 
 def _varies(bias: Tensor) -> tuple[bool, ...]:

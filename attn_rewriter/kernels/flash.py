@@ -226,7 +226,11 @@ def attend(
     if form.mask is not None:
         parts = forward.mask_parts(form, shapes, tensors)
         masks = [tensors[name] for name in mask_names(form.mask)]
-    biases = bias_terms(((str(bias.tensor), bias.factor) for bias in form.biases), tensors)
+    # Kernels multiply scores by log2(e): the lowest number would become minus infinity, and a block of them NaN. What
+    # is hidden by this one has no weight either.
+    lowest = max(-1e30, torch.finfo(shapes.dtype).min)
+    terms = bias_terms(((str(bias.tensor), bias.factor) for bias in form.biases), tensors)
+    biases = [bias.clamp_min(lowest) for bias in terms]
     window = (-1 if side is None else side for side in (form.left, form.right))
     names, numbers = (forward.name, backward.name), (scale, form.softcap, *window, spec.dropout_p)
     options = (*names, *numbers, repr(form.mask), falls_back)
