@@ -340,6 +340,11 @@ def any_additive(q, k, v, bias):
     return (q @ k.mT * D**-0.5 + bias).softmax(-1) @ v
 
 
+@spelling(f"{SCALE}, bias")
+def bias_of_queries(q, k, v, bias):
+    return (q @ k.mT * D**-0.5 + bias.detach()[..., :1]).softmax(-1) @ v
+
+
 @spelling("bias, scale 0.3536")
 def bias_before_scale(q, k, v, bias):
     return ((q @ k.mT + bias) * D**-0.5).softmax(-1) @ v

@@ -18,7 +18,7 @@ from attn_rewriter.device import Device
 from attn_rewriter.kernels.base import Kernel, Limits, Tensors
 from attn_rewriter.kernels.blocks import AsNode
 from attn_rewriter.kernels.masking import keep_mask, scaled_query, sink_scores, summed_bias
-from attn_rewriter.spec import AttentionSpec, Band, Shapes, same
+from attn_rewriter.spec import AttentionSpec, Band, Bias, Shapes, same
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -82,6 +82,10 @@ class SDPA(Kernel):
             # kernels multiply by log2(e) before they exponentiate.
             low = torch.finfo(shapes.dtype).min / 2
             attn_mask = keep if plain else torch.where(keep, key.new_zeros(()) if bias is None else bias, low)
+        varies = {axis for m in spec.modifiers if isinstance(m, Bias) for axis in m.axes} | spec.keep.varies_over()
+        if device.type == "cuda" and attn_mask is not None and "key" not in varies:
+            # Memory-efficient attention raises where a mask has a stride of 0 along the keys (2.11).
+            attn_mask = attn_mask.expand(-1, -1, -1, _kv_len(shapes, key)).contiguous()
         if spec.sinks is not None:
             attn_mask, key, value = _with_sinks(spec.sinks, attn_mask, key, value, shapes, tensors)
         repeated = shapes.is_gqa and not self._takes_gqa(shapes, device, attn_mask is not None)
@@ -148,10 +152,13 @@ def _with_sinks(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Bias, key and value with one more key: its score is the sinks', its value zero."""
     score = sink_scores(sinks, tensors, shapes.dtype)
-    kv_len = shapes.kv_len if isinstance(shapes.kv_len, int) else key.size(-2)
-    column = F.pad(score, (kv_len, 0))
+    column = F.pad(score, (_kv_len(shapes, key), 0))
     bias = column if bias is None else F.pad(bias, (0, 1)) + column
     return bias, F.pad(key, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1))
+
+
+def _kv_len(shapes: Shapes, key: torch.Tensor) -> int:
+    return shapes.kv_len if isinstance(shapes.kv_len, int) else key.size(-2)
 
 
 def _scaled_in_part(query: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
