@@ -243,7 +243,7 @@ def _version_4() -> dict[str, Any]:
             b, h, q_idx, kv_idx = _coordinates(q.size(0), q.size(2), q.size(1), k.size(1))
             at = {"q_idx": q_idx, "kv_idx": kv_idx, "seqlen_info": _lengths(q, k), "aux_tensors": _aux(aux_tensors)}
             bias = score_mod(torch.zeros(1, 1, 1, 1, dtype=torch.float64), b, h, **at)
-            assert (bias.float() * math.log2(math.e)).isfinite().all()  # the kernel makes NaN of a block of others
+            assert ((bias > -1e9) | (bias == -math.inf)).all()  # the kernel makes NaN of a block of others
             assert not by_key or q.size(2) == k.size(2)  # and reads the bias of other heads
         return softmax_scale, left, 0 if causal else right, softcap or 0.0, keep, bias
 

@@ -21,7 +21,7 @@ import attn_rewriter.spec
 from attn_rewriter.device import Device
 from attn_rewriter.kernels import masking
 from attn_rewriter.kernels.base import Tensors
-from attn_rewriter.kernels.blocks import BLOCK, TENSORS, block_mask, mask_names, perhaps_masks
+from attn_rewriter.kernels.blocks import BLOCK, TENSORS, block_mask, mask_names
 from attn_rewriter.kernels.flash import Flash, FlashForm, How, Kept
 from attn_rewriter.progress import working
 from attn_rewriter.spec import AXES, AttentionSpec, Predicate, Shapes, Softcap, TensorMask, Values, parts
@@ -56,6 +56,8 @@ class FA4(Flash):
         reasons = _unreadable("biases", [bias.axes for bias in form.biases], shapes)
         if not _is_hopper(device):
             reasons.append(f"takes biases on sm_90 alone, this is {device}")
+        if form.mask is not None:  # with blocks left out, an additive mask was wrong on an H100 (4.0.0b36)
+            reasons.append(f"takes no bias beside a mask: {form.no_window}")
         if any(bias.tensor in shapes.learned for bias in form.biases):
             reasons.append("computes no gradient of a bias")
         if shapes.needs_backward and shapes.is_gqa:  # 4.0.0b36 takes heads there to be packed, which they are not
@@ -76,7 +78,7 @@ class FA4(Flash):
     def mask_parts(form: FlashForm, shapes: Shapes, tensors: Tensors) -> list[Tensor]:
         """The tensors of a `BlockMask`."""
         assert form.mask is not None
-        found = block_mask(form.mask, shapes, tensors, perhaps_masks(form.biases))
+        found = block_mask(form.mask, shapes, tensors)
         return [found[i] for i in range(len(TENSORS))]
 
     @staticmethod

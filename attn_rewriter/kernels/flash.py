@@ -29,11 +29,12 @@ from torch.torch_version import TorchVersion
 from attn_rewriter.device import Device, made_current
 from attn_rewriter.errors import is_out_of_memory
 from attn_rewriter.kernels.base import Kernel, Limits, Tensors
-from attn_rewriter.kernels.blocks import mask_names, perhaps_masks
+from attn_rewriter.kernels.blocks import mask_names
 from attn_rewriter.kernels.masking import bias_terms, scaled_query, sink_scores
 from attn_rewriter.packages import unimportable, version
 from attn_rewriter.spec import (
     EVERY_KEY,
+    MASKED,
     AttentionSpec,
     Band,
     Bias,
@@ -59,7 +60,7 @@ class FlashForm:
     """`softcap(query_scales(query) @ keyᵀ * scale + Σ biases)`, either with a softcap or with biases, within a window:
     query `i` sees the keys from `i + shift - left` to `i + shift + right`, with `shift = kv_len - q_len` (the last
     query is aligned with the last key), None being no bound. Where `mask` is not None, it says instead which keys are
-    seen, and `no_window` why that is no window; with biases that may be masks it is never None."""
+    seen, and `no_window` why that is no window."""
 
     scale: float = 1.0
     query_scales: tuple[ScaleBy, ...] = ()
@@ -95,8 +96,6 @@ def flash_form(spec: AttentionSpec, shapes: Shapes) -> FlashForm | str:
                 )
     form = FlashForm(scale, tuple(query_scales), tuple(biases), softcap)
     keep = spec.keep.within(shapes.q_len, shapes.kv_len)
-    if any(perhaps_masks(biases)):
-        return replace(form, mask=keep, no_window="takes no additive mask")
     if keep == EVERY_KEY:
         return form
     window = _window(keep, shapes)
@@ -226,11 +225,11 @@ def attend(
     if form.mask is not None:
         parts = forward.mask_parts(form, shapes, tensors)
         masks = [tensors[name] for name in mask_names(form.mask)]
-    # Kernels multiply scores by log2(e): the lowest number would become minus infinity, and a block of them NaN. What
-    # is hidden by this one has no weight either.
-    lowest = max(-1e30, torch.finfo(shapes.dtype).min)
+    # Kernels look out for minus infinity. Of a block of other numbers as low as these they make NaN: a row's largest
+    # score is rounded after it was multiplied by log2(e), the product that it is subtracted from is not.
+    lowest = max(MASKED, torch.finfo(shapes.dtype).min)
     terms = bias_terms(((str(bias.tensor), bias.factor) for bias in form.biases), tensors)
-    biases = [bias.clamp_min(lowest) for bias in terms]
+    biases = [bias.masked_fill(bias <= lowest, float("-inf")) for bias in terms]
     window = (-1 if side is None else side for side in (form.left, form.right))
     names, numbers = (forward.name, backward.name), (scale, form.softcap, *window, spec.dropout_p)
     options = (*names, *numbers, repr(form.mask), falls_back)
