@@ -23,6 +23,9 @@ FEW_QUERIES, SHORT = 127, 512
 MANY_KEYS = 8
 """So many for each query are worth splitting."""
 
+LARGEST_FUSED = 256
+"""The features of a head that flash attention and cuDNN take."""
+
 FLASH = ("fa4", "fa3", "fa2")
 
 ALIKE = 1.015
@@ -48,11 +51,14 @@ def order(spec: AttentionSpec, shapes: Shapes, device: Device) -> tuple[str, ...
     dropout as well. Up to a few blocks of queries, or of keys, and no other bias than one that may be a mask, it takes
     longer to find out what can be left out (`python -m attn_rewriter bench masks`). In float32 FlexAttention's backward
     pass has tiles of 16, whatever the card. With biases, flash-attention 4 is taken where they vary over heads and
-    keys alone, as ALiBi's, and in inference: others were not measured, and gradients not compared.
+    keys alone, as ALiBi's: others it reads number by number, and takes longer. Of heads with more than 256 features
+    matrix products take less time than what SDPA has for them.
     """
     if device.platform != "cuda":
         return _in_order("sdpa", "flex")
     few = isinstance(shapes.q_len, int) and shapes.q_len <= FEW_QUERIES
+    if isinstance(shapes.head_dim, int) and shapes.head_dim > LARGEST_FUSED and not few:
+        return _in_order("chunked", "sdpa")
     if spec.is_plain(shapes):
         causal = spec.keep.within(shapes.q_len, shapes.kv_len) != EVERY_KEY
         times = {} if few else with_pairs(passes(shapes, causal, device), spec, shapes, device)
@@ -77,8 +83,7 @@ def order(spec: AttentionSpec, shapes: Shapes, device: Device) -> tuple[str, ...
         padded = "key" in axes and axes <= {"batch", "key"} and capability < (10, 0)
         first = (*newest, *(("fa2",) if padded else ()), "flex", *FLASH, "sdpa")
     like_alibi = all("head" in bias.axes and {*bias.axes} <= {"head", "key"} for bias in biases)
-    biases_in_fa4 = like_alibi and not shapes.needs_backward
-    return tuple(name for name in _in_order(*first) if name != "fa4" or not biases or biases_in_fa4)
+    return tuple(name for name in _in_order(*first) if name != "fa4" or like_alibi)
 
 
 def with_pairs(
@@ -105,8 +110,8 @@ def _fastest_first(times: Mapping[str, tuple[float, ...]]) -> list[str]:
 
 
 def _in_order(*first: str) -> tuple[str, ...]:
-    """These kernels, then the others that are chosen automatically."""
-    return tuple(dict.fromkeys([*first, *(name for name in KERNELS if name != "reference")]))
+    """These kernels, then the others that may be chosen automatically wherever they can."""
+    return tuple(dict.fromkeys([*first, *(name for name in KERNELS if name not in ("chunked", "reference"))]))
 
 
 def requested(kernel: Request) -> tuple[str, ...] | None:

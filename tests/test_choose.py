@@ -27,6 +27,7 @@ LONG = Shapes(4, 16, 16, 4096, 4096, 64, 64, torch.bfloat16)
 TRAINING, DECODE = replace(LONG, needs_backward=True), replace(LONG, q_len=1)
 GROWING = replace(DECODE, batch=Symbol("s0", positive=True), kv_len=Symbol("s1", positive=True))
 FEW_KEYS = replace(LONG, kv_len=300)
+LARGE = replace(LONG, head_dim=512, head_dim_v=512)
 SHORT, WIDE = replace(LONG, q_len=512, kv_len=512), replace(LONG, dtype=torch.float32)
 
 
@@ -75,6 +76,15 @@ SHORT, WIDE = replace(LONG, q_len=512, kv_len=512), replace(LONG, dtype=torch.fl
         ("gfx1100", CAPPED, LONG, "flex: runs on gfx90a, gfx942, gfx950 of AMD's, this is gfx1100"),
         ("sm_70", CAUSAL, LONG, "sdpa"),
         *((f"sm_{n}", CAUSAL, LONG, "sdpa") for n in (75, 80, 86, 89, 100, 103, 120)),
+        ("sm_80", CAUSAL, LARGE, "chunked"),
+        ("sm_90", CAUSAL, replace(LARGE, needs_backward=True), "chunked"),
+        ("sm_90", PADDED, LARGE, "sdpa"),
+        ("sm_75", CAUSAL, LARGE, "sdpa"),
+        ("sm_90", CAUSAL, replace(LARGE, dtype=torch.float32), "sdpa"),
+        ("sm_90", CAUSAL, replace(LARGE, q_len=1), "sdpa"),
+        ("sm_90", replace(CAUSAL, dropout_p=0.1), LARGE, "sdpa"),
+        ("sm_90", CAPPED, replace(LARGE, dtype=torch.float32), "flex: head_dim is at most 256 on CUDA, here 512"),
+        ("cpu", CAUSAL, LARGE, "sdpa"),
         *((f"sm_{n}", CAPPED, TRAINING, "flex") for n in (80, 86, 89, 90, 100, 103, 120)),
     ],
 )
@@ -101,7 +111,9 @@ def dropping(spec: AttentionSpec) -> AttentionSpec:
         ("sm_90", dropping(replace(PADDED, modifiers=(*PADDED.modifiers, *CAUSAL.modifiers[1:]))), TRAINING, "sdpa"),
         ("sm_90", dropping(PADDED), WIDE, "sdpa"),
         ("sm_90", ALIBI, LONG, "fa4"),
-        ("sm_90", ALIBI, TRAINING, "flex"),
+        ("sm_90", ALIBI, TRAINING, "fa4"),
+        ("sm_90", ALIBI, replace(TRAINING, num_kv_heads=4), "flex"),
+        ("sm_90", replace(ALIBI, modifiers=(*ALIBI.modifiers, *PADDED.modifiers[1:])), LONG, "flex"),
         ("sm_90", BIASED, LONG, "flex"),
         ("sm_90", ADDITIVE, LONG, "flex"),
         ("sm_90", replace(ADDITIVE, modifiers=(SCALE, Bias("bias0", axes=("key",)))), LONG, "flex"),

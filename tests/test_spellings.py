@@ -16,9 +16,11 @@ RUNS = [("reference", None), ("sdpa", None), ("flex", "sm_90")]
 
 
 def test_every_kernel_is_run() -> None:
-    """flash-attention computes in half precision alone: `test_flash.py` and `test_kernels.py` (what stands in for it is
-    no kernel to choose: `test_faults.py`); the kernel for decoding in inference alone: `test_decode.py`."""
-    assert {kernel for kernel, _ in RUNS} | (Flash.versions.keys() - {"stepwise"}) | {"decode"} == KERNELS.keys()
+    """flash-attention computes in half precision alone, as what is computed in chunks: `test_flash.py` and
+    `test_kernels.py` (what stands in for it is no kernel to choose: `test_faults.py`); the kernel for decoding in
+    inference alone: `test_decode.py`."""
+    others = (Flash.versions.keys() - {"stepwise"}) | {"chunked", "decode"}
+    assert {kernel for kernel, _ in RUNS} | others == KERNELS.keys()
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: s.name)

@@ -6,6 +6,7 @@ from itertools import permutations, starmap
 
 from attn_rewriter.kernels.aten import CuDNN, TorchFlash
 from attn_rewriter.kernels.base import Kernel, Limits, Tensors
+from attn_rewriter.kernels.chunked import Chunked
 from attn_rewriter.kernels.decode import Decode
 from attn_rewriter.kernels.fa2 import FA2
 from attn_rewriter.kernels.fa3 import FA3
@@ -19,7 +20,9 @@ from attn_rewriter.kernels.stepwise import Stepwise
 
 _FLASH: tuple[Flash, ...] = (FA4(), FA3(), FA2(), CuDNN(), TorchFlash())
 
-KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (SDPA(), *_FLASH, Flex(), Decode(), Reference())}
+KERNELS: dict[str, Kernel] = {
+    kernel.name: kernel for kernel in (SDPA(), *_FLASH, Flex(), Decode(), Chunked(), Reference())
+}
 
 PAIRS: dict[str, Paired] = {pair.name: pair for pair in starmap(Paired, permutations(_FLASH, 2))}
 """Forward by one, backward by another: "cudnn/fa4"."""

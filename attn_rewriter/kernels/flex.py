@@ -60,6 +60,9 @@ class Flex(Kernel):
         reasons = super().refusals(spec, replace(shapes, dtype=shapes.product_dtype or shapes.dtype), device)
         if spec.dropout_p:
             reasons.append("has no dropout")
+        size = max((n for n in (shapes.head_dim, shapes.head_dim_v) if isinstance(n, int)), default=0)
+        if device.type == "cuda" and size > 256:  # tiles of more are too large for a GPU, or were never run
+            reasons.append(f"head_dim is at most 256 on CUDA, here {size}")
         if not all(isinstance(n, int) for n in (shapes.num_heads, shapes.head_dim, shapes.head_dim_v)):
             reasons.append("needs the numbers of heads and their sizes to be known")
         scores = shapes.q_len * shapes.kv_len
