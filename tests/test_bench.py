@@ -240,7 +240,10 @@ def test_longest(tmp_path: Path) -> None:
         ("llama_h200", "| rewritten / by hand | 0.986 ×, 1.000 × | 0.978 ×, 1.000 × |"),
         ("llama_h100", "| HF eager, rewritten | 13.61 ms, 0.04 GiB |"),
         ("families_h200", "| rewritten | 17.96 (2.93×) | 0.66 | 3.2e-02 |"),
-        ("families_h100", "| rewritten | 9.31 (2.81×) | 0.32 | 8.5e-03 | 32.15 (1.97×) | 3.38 | 3.2e-03 | 8/8: fa4 4, sdpa 4 |"),
+        (
+            "families_h100",
+            "| rewritten | 9.31 (2.81×) | 0.32 | 8.5e-03 | 32.15 (1.97×) | 3.38 | 3.2e-03 | 8/8: fa4 4, sdpa 4 |",
+        ),
         (
             "parallel_h100",
             "| tp-train-1x8192: rewritten | 76506 | 107.1 (1.62×) | 6.13 | 33.0 | 8/8: fa4 8 | 10.508823 |",

@@ -28,10 +28,10 @@ SIZES = {
 }
 
 
-def inputs(name: str, dtype: torch.dtype, kv_heads: int = KV_HEADS) -> list[Tensor]:
+def inputs(name: str, dtype: torch.dtype, kv_heads: int, device: str) -> list[Tensor]:
     q_len, kv_len, _ = SIZES[name]
     sizes = ((HEADS, q_len), (kv_heads, kv_len), (kv_heads, kv_len))
-    return [torch.randn(2, n, length, HEAD_DIM, dtype=dtype).requires_grad_() for n, length in sizes]
+    return [torch.randn(2, n, length, HEAD_DIM, dtype=dtype, device=device).requires_grad_() for n, length in sizes]
 
 
 def attention(name: str) -> Any:
@@ -50,15 +50,17 @@ def attention(name: str) -> Any:
     [(torch.bfloat16, "eager"), (torch.float16, "eager"), (torch.bfloat16, "inductor")],
     ids=["bfloat16", "float16", "bfloat16, compiled"],
 )
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("kv_heads", [KV_HEADS, HEADS])
 @pytest.mark.parametrize("name", SIZES)
 def test_in_chunks(
-    name: str, kv_heads: int, dtype: torch.dtype, compiler: str, monkeypatch: pytest.MonkeyPatch
+    name: str, kv_heads: int, dtype: torch.dtype, compiler: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Result and gradients, where the last chunk is smaller than the others."""
     monkeypatch.setattr(chunked, "_SCORES", 2 * HEADS * 100 * 32)
-    function, report = rewritten(attention(name), kernel="chunked", device="sm_90", compiler=compiler)
-    given = inputs(name, dtype, kv_heads)
+    imagined = "sm_90" if device == "cpu" else None
+    function, report = rewritten(attention(name), kernel="chunked", device=imagined, compiler=compiler)
+    given = inputs(name, dtype, kv_heads, device)
     found = with_gradients(function, given)
     assert [site.kernel for site in report().sites] == ["chunked"]
     assert_as_accurate(found, with_gradients(attention(name), given), truth(attention(name), given))
