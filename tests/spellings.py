@@ -789,6 +789,12 @@ def sinks_first(q, k, v, sink):
     return scores.softmax(-1)[:, :, :, 1:] @ v
 
 
+@spelling(f"{SCALE}, bias, sinks", shapes={"sink": (H,)})
+def sinks_beside_a_bias_of_queries(q, k, v, bias, sink):
+    scores = q @ k.mT * D**-0.5 + bias[..., :1]
+    return torch.cat([scores, sink.view(1, H, 1, 1).expand(B, H, S, 1)], -1).softmax(-1)[..., :-1] @ v
+
+
 @spelling(f"{SCALE}, sink 0")
 def softmax_off_by_one(q, k, v):
     return F.softmax(F.pad(q @ k.mT * D**-0.5, (1, 0), value=0.0), dim=-1)[..., 1:] @ v

@@ -83,8 +83,8 @@ class SDPA(Kernel):
             low = torch.finfo(shapes.dtype).min / 2
             attn_mask = keep if plain else torch.where(keep, key.new_zeros(()) if bias is None else bias, low)
         varies = {axis for m in spec.modifiers if isinstance(m, Bias) for axis in m.axes} | spec.keep.varies_over()
-        if device.type == "cuda" and attn_mask is not None and "key" not in varies:
-            # Memory-efficient attention raises where a mask has a stride of 0 along the keys (2.11).
+        if attn_mask is not None and "key" not in varies and (device.type == "cuda" or spec.sinks is not None):
+            # On CUDA, memory-efficient attention raises where a mask has a stride of 0 along the keys (2.11).
             attn_mask = attn_mask.expand(-1, -1, -1, _kv_len(shapes, key)).contiguous()
         if spec.sinks is not None:
             attn_mask, key, value = _with_sinks(spec.sinks, attn_mask, key, value, shapes, tensors)
