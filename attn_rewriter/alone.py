@@ -54,7 +54,9 @@ def _compiled(function: Callable[..., torch.Tensor], args: Sequence[Any]) -> Cal
     graph = Graph()
     graph.output((graph.call_function(function, tuple(graph.placeholder(f"arg{i}") for i in range(len(args)))),))
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
-    with tracing(TracingContext(mode)):
+    # The backward pass is compiled now: by the time it is asked for, it would be within Dynamo's own compilation.
+    now = torch._functorch.config.patch(force_non_lazy_backward_lowering=True)
+    with now, tracing(TracingContext(mode)):
         inputs = [mode.from_tensor(x, static_shapes=True) if isinstance(x, torch.Tensor) else x for x in args]
         compiled: Any = compile_fx(GraphModule({}, graph), inputs)
     return lambda *args: compiled(*args)[0]

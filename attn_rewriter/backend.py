@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch._dynamo.exc import ShortenTraceback, TorchDynamoException
+from torch.autograd.graph import saved_tensors_hooks
 from torch.fx import GraphModule
 
 from attn_rewriter.buffers import Buffers, copied, forget, note
@@ -144,7 +145,9 @@ class Backend:
             checks = verify(gm, example_inputs, settings)
         falls_back = not (settings.strict or self._looks or requested(settings.kernel) or ring())
         original = copied(gm) if falls_back else gm
-        report = rewrite(gm, settings, checks)
+        # What is tried on fake tensors is nothing that a checkpoint around the compiled function should count.
+        with saved_tensors_hooks(lambda x: x, lambda x: x):
+            report = rewrite(gm, settings, checks)
         self._reports.append(report)
         if self._looks:
             return gm.forward

@@ -110,7 +110,7 @@ def _fastest_first(times: Mapping[str, tuple[float, ...]]) -> list[str]:
 
 
 def _in_order(*first: str) -> tuple[str, ...]:
-    """These kernels, then the others that may be chosen automatically wherever they can."""
+    """These kernels, then the others; but not `chunked`, which is fast for large heads alone, nor the reference."""
     return tuple(dict.fromkeys([*first, *(name for name in KERNELS if name not in ("chunked", "reference"))]))
 
 

@@ -42,6 +42,8 @@ def emit(site: Site, found: Description, kernel: Kernel, device: Device, facts: 
             fused: Node = result.node  # type: ignore[attr-defined]
             result = arrange(result, plan(found.layout.of("output"), found.output), splice.size)
             result = splice.as_type(result, expected.dtype)
+            if expected.requires_grad and _leaves(output, facts):
+                result = _as_it_is(result)
             _check(splice.value(result), expected)
             if not _interchangeable(splice.value(result), output, facts):
                 result = _in_memory_as(expected, result)
@@ -58,6 +60,12 @@ def emit(site: Site, found: Description, kernel: Kernel, device: Device, facts: 
     return fused
 
 
+def _leaves(node: Node, facts: Facts) -> bool:
+    """Whether a tensor, or what may be a view of it, leaves the graph, for someone to write into."""
+    viewed = (user for user in node.users if (found := call(user)) is not None and found.name in _VIEWS)
+    return facts.is_seen_outside(node) or any(_leaves(user, facts) for user in viewed)
+
+
 _PRODUCT = ("query", "key", "value")
 
 
@@ -71,8 +79,8 @@ def _exposed(found: Description, facts: Facts) -> set[Node]:
 
 
 class _AsItIs(AsNode):
-    """A copy that Inductor does not see through: of the source it would keep a view, and never ask whether it has
-    changed (2.13)."""
+    """A copy that Inductor does not see through. Of the source it would keep a view, and never ask whether it has
+    changed (2.13): a bias, or the output that a kernel keeps for its backward pass."""
 
     __name__ = "as_it_is"
     is_shared = True

@@ -79,6 +79,18 @@ def test_an_sdpa_call() -> None:
     assert_as_accurate(found, with_gradients(call, given), truth(call, given))
 
 
+def test_an_output_that_the_caller_writes_into() -> None:
+    """It is kept for the backward pass."""
+    function, _ = rewritten(attention("causal"), kernel="chunked", device="sm_90", compiler="inductor")
+    given = inputs("causal", torch.bfloat16, KV_HEADS, "cpu")
+
+    def doubled(function: Any) -> Any:
+        return lambda *given: function(*given).mul_(2)
+
+    found, eager = (with_gradients(doubled(f), given) for f in (function, attention("causal")))
+    assert_as_accurate(found, eager, truth(doubled(attention("causal")), given))
+
+
 class Largest(TorchDispatchMode):
     """How many elements the largest result of any operation had."""
 

@@ -16,6 +16,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
+from itertools import product
 from typing import Any, NamedTuple
 
 import pytest
@@ -1321,9 +1322,12 @@ KEPT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize(
-    ("kernel", "compiler"), [("sdpa", "eager"), ("sdpa", "inductor"), ("fa4", "eager"), ("fa4", "aot_eager")]
+    ("kernel", "compiler", "form"),
+    [
+        *product(["sdpa"], ["eager", "inductor"], KEPT),
+        *product(["fa4"], ["eager", "aot_eager"], [form for form in KEPT if form != "a mask"]),
+    ],
 )
-@pytest.mark.parametrize("form", KEPT)
 def test_what_a_kernel_keeps_is_written_by_the_caller(form: str, kernel: str, compiler: str) -> None:
     """Between the two passes, when eager code no longer needs it. The copy that is kept serves both sites."""
 
@@ -1350,6 +1354,50 @@ def test_what_a_kernel_keeps_is_written_by_the_caller(form: str, kernel: str, co
         found = gradients(fused, dtype)
     assert report().n_fused == 2
     assert_as_accurate(found, gradients(function, dtype), gradients(function, torch.float64))
+
+
+RETURNED: dict[str, Callable[[Tensor], Tensor]] = {
+    "itself": lambda y: y,
+    "a view": lambda y: y.transpose(1, 2),
+    "heads side by side": lambda y: y.transpose(1, 2).flatten(2),
+}
+
+
+@pytest.mark.parametrize(("kernel", "compiler"), [("sdpa", "inductor"), ("sdpa", "aot_eager"), ("fa4", "aot_eager")])
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("form", RETURNED)
+def test_an_output_is_written_by_the_caller(form: str, heads: int, kernel: str, compiler: str) -> None:
+    """A kernel keeps it for its backward pass, which eager code has no need of."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return RETURNED[form]((q @ k.mT * 0.35).softmax(-1) @ v)
+
+    def gradients(function: Callable[..., Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        q, k, v = (torch.randn(2, heads, 40, 8, generator=generator).bfloat16().to(dtype) for _ in range(3))
+        output = function(*(x.requires_grad_() for x in (q, k, v)))
+        return torch.autograd.grad(output.mul_(3).square().sum(), (q, k, v))
+
+    dtype = torch.float32 if kernel == "sdpa" else torch.bfloat16
+    fused, report = rewritten(function, kernel=kernel, compiler=compiler, device=None if kernel == "sdpa" else "sm_90")
+    found = gradients(fused, dtype)
+    assert report().n_fused == 1
+    assert_as_accurate(found, gradients(function, dtype), gradients(function, torch.float64))
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "reference"])
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_a_checkpoint_around_what_is_compiled(compiler: str, kernel: str) -> None:
+    """It counts what the first call keeps, and not what was tried while it was compiled."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT * 0.35).softmax(-1) @ v
+
+    fused, report = rewritten(function, kernel=kernel, compiler=compiler)
+    inputs = [torch.randn(2, 4, 40, 8).requires_grad_() for _ in range(3)]
+    found = with_gradients(lambda *x: checkpoint(fused, *x, use_reentrant=False), inputs)
+    assert report().n_fused == 1
+    assert_as_accurate(found, with_gradients(function, inputs), truth(function, inputs))
 
 
 @bug(gradients=False, into=(8, 6, 8))

@@ -19,7 +19,7 @@ from attn_rewriter.kernels.sdpa import SDPA
 from attn_rewriter.verify import _random_numbers_kept
 from tests.accuracy import assert_as_accurate
 from tests.models import ARCHITECTURES, build, inputs
-from tests.running import double, run_as_is
+from tests.running import double, rewritten, run_as_is
 from tests.spellings import SPELLINGS, Spelling
 
 LENGTH = 24
@@ -342,6 +342,15 @@ def test_a_graph_that_runs_only_once() -> None:
     with pytest.warns(UserWarning, match="can't verify a graph, .*: OutOfMemoryError: full"):
         _, report = verified(lambda q, k, v: once(attention(q, k, v)), *draw())
     assert report.n_fused == 1 and report.sites[0].verified
+
+
+def test_a_kernel_that_inductor_compiles_is_checked_in_training() -> None:
+    """Its backward pass as well, while Dynamo compiles the model."""
+    function, report = rewritten(attention, kernel="chunked", device="sm_90", compiler="inductor", verify=True)
+    function(*(x.requires_grad_() for x in draw(dtype=torch.bfloat16))).sum().backward()
+    (site,) = report().sites
+    assert site.kernel == "chunked" and site.check and not site.check.verdict
+    assert [what for what, *_ in site.check.errors] == ["output", "gradients"]
 
 
 def test_optimize_verifies() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from attn_rewriter.device import Device
 from attn_rewriter.kernels.base import Kernel, Limits, Tensors
@@ -27,11 +28,14 @@ from attn_rewriter.spec import EVERY_KEY, AttentionSpec, Shapes
 _SCORES, _CHUNKS = 2**24, 16
 """So many scores at a time, unless there would be more chunks than this: each is operations of its own in the graph."""
 
+_MOST = 2**31
+"""Scores altogether, in float32: 8 GiB, of which a sixteenth is in memory at a time. But in training Inductor computes
+chunks side by side where none of them waits for another, and may have all of them there."""
+
 
 class Chunked(Kernel):
     """Scores that are but scaled and causal, of known lengths, in half precision. Inductor fuses what is between the
-    products. (In training, it also computes chunks side by side where none of them waits for another: then as many
-    scores are in memory as in eager code.)"""
+    products."""
 
     name = "chunked"
     needs_inductor = True
@@ -48,8 +52,8 @@ class Chunked(Kernel):
         sizes = (shapes.batch, shapes.num_heads, shapes.q_len, shapes.kv_len)
         if not all(isinstance(n, int) for n in sizes):
             reasons.append("needs batch, heads and lengths to be known")
-        elif 0 in sizes:
-            reasons.append("takes no empty tensors")
+        elif not 0 < math.prod(sizes) <= _MOST:
+            reasons.append(f"takes from one to {_MOST} scores, here {math.prod(sizes)}")
         return reasons
 
     def attend(self, spec: AttentionSpec, shapes: Shapes, device: Device, tensors: Tensors) -> Tensor:
@@ -73,9 +77,8 @@ class _InChunks(AsNode):
     __name__ = "attention_in_chunks"
 
     def run(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        with torch.autocast(query.device.type, enabled=False):
-            output: Tensor = _Attention.apply(query, key, value, self)
-            return output
+        output: Tensor = _Attention.apply(query, key, value, self)
+        return output
 
     def chunks(self, q_len: int, kv_len: int) -> Iterator[tuple[slice, slice]]:
         """Queries, and the keys that any of them sees."""
@@ -83,17 +86,14 @@ class _InChunks(AsNode):
             stop = min(start + self.at_once, q_len)
             yield slice(start, stop), slice(min(stop, kv_len) if self.causal else kv_len)
 
-
-class _Attention(torch.autograd.Function):
-    """Both passes. Batches and heads of keys are one dimension, queries are grouped by the head of keys they share."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, how: _InChunks) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Output, and the logsumexp of each row by groups. Batches and heads of keys are one dimension here, queries
+        are grouped by the head of keys that they share."""
         queries, keys, values = _grouped(query, key), key.flatten(0, 1), value.flatten(0, 1)
         outputs, logsumexps = [], []
-        for some, seen in how.chunks(queries.size(2), keys.size(1)):
-            scores = _product(queries[:, :, some].flatten(1, 2), keys[:, seen].mT) * how.scale
-            if how.causal:
+        for some, seen in self.chunks(queries.size(2), keys.size(1)):
+            scores = _product(queries[:, :, some].flatten(1, 2), keys[:, seen].mT) * self.scale
+            if self.causal:
                 scores = scores.masked_fill(_hidden(some, seen, queries), float("-inf"))
             largest = scores.amax(-1, keepdim=True)
             weights = (scores - largest).exp()
@@ -101,35 +101,49 @@ class _Attention(torch.autograd.Function):
             outputs.append(_by_group((weights / total).to(value.dtype) @ values[:, seen], queries))
             logsumexps.append(_by_group(largest + total.log(), queries))
         output, logsumexp = (torch.cat(parts, 2) for parts in (outputs, logsumexps))
-        output = output.unflatten(0, (key.size(0), -1)).flatten(1, 2)
-        ctx.save_for_backward(query, key, value, output, logsumexp)
-        ctx.how = how
-        return output
+        return output.unflatten(0, (key.size(0), -1)).flatten(1, 2), logsumexp
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Products are transposed: a compiler that sees both passes would take one of them for that of the forward
-        pass, and keep all scores until then."""
-        query, key, value, output, logsumexp = ctx.saved_tensors
-        how = ctx.how
+    def backward(
+        self, gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, logsumexp: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of query, key and value. Products are transposed: a compiler that sees both passes would take
+        one of them for that of the forward pass, and keep all scores until then."""
         queries, keys, values = _grouped(query, key), key.flatten(0, 1), value.flatten(0, 1)
         ways = _grouped(gradient, key)
         along = (ways.float() * _grouped(output, key).float()).sum(-1, keepdim=True)
         of_queries = []
         of_keys, of_values = (torch.zeros_like(x, dtype=torch.float32) for x in (keys, values))
-        for some, seen in how.chunks(queries.size(2), keys.size(1)):
+        for some, seen in self.chunks(queries.size(2), keys.size(1)):
             rows, way, total, common = (x[:, :, some].flatten(1, 2) for x in (queries, ways, logsumexp, along))
-            weights = (_product(keys[:, seen], rows.mT) * how.scale - total.mT).exp()
-            if how.causal:
+            weights = (_product(keys[:, seen], rows.mT) * self.scale - total.mT).exp()
+            if self.causal:
                 weights = weights.masked_fill(_hidden(some, seen, queries).mT, 0.0)
-            of_scores = weights * (_product(values[:, seen], way.mT) - common.mT) * how.scale
+            of_scores = weights * (_product(values[:, seen], way.mT) - common.mT) * self.scale
             of_scores = of_scores.to(query.dtype)
             of_queries.append(_by_group(of_scores.mT @ keys[:, seen], queries))
             rest = (0, 0, 0, keys.size(1) - seen.stop)
             of_keys = of_keys + F.pad(_product(of_scores, rows), rest)
             of_values = of_values + F.pad(_product(weights.to(value.dtype), way), rest)
         of_query = torch.cat(of_queries, 2).unflatten(0, (key.size(0), -1)).flatten(1, 2)
-        return of_query, of_keys.to(key.dtype).view_as(key), of_values.to(value.dtype).view_as(value), None
+        return of_query, of_keys.to(key.dtype).view_as(key), of_values.to(value.dtype).view_as(value)
+
+
+class _Attention(torch.autograd.Function):
+    """Both passes, in the types of their operands."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, how: _InChunks) -> Tensor:
+        with torch.autocast(query.device.type, enabled=False):
+            output, logsumexp = how.forward(query, key, value)
+        ctx.save_for_backward(query, key, value, output, logsumexp)
+        ctx.how = how
+        return output
+
+    @staticmethod
+    @once_differentiable  # the logsumexp is taken for a constant
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(gradient.device.type, enabled=False):
+            return *ctx.how.backward(gradient, *ctx.saved_tensors), None
 
 
 def _hidden(some: slice, seen: slice, queries: Tensor) -> Tensor:
