@@ -43,7 +43,7 @@ def emit(site: Site, found: Description, kernel: Kernel, device: Device, facts: 
             result = arrange(result, plan(found.layout.of("output"), found.output), splice.size)
             result = splice.as_type(result, expected.dtype)
             if expected.requires_grad and _leaves(output, facts):
-                result = _as_it_is(result)
+                result = torch.ops.attn_rewriter.in_memory.default(result)
             _check(splice.value(result), expected)
             if not _interchangeable(splice.value(result), output, facts):
                 result = _in_memory_as(expected, result)
@@ -61,7 +61,8 @@ def emit(site: Site, found: Description, kernel: Kernel, device: Device, facts: 
 
 
 def _leaves(node: Node, facts: Facts) -> bool:
-    """Whether a tensor, or what may be a view of it, leaves the graph, for someone to write into."""
+    """Whether a tensor, or what may be a view of it, leaves the graph, for someone to write into. A kernel keeps it for
+    its backward pass, and Inductor would neither ask whether it has changed, nor make a clone of it (2.13)."""
     viewed = (user for user in node.users if (found := call(user)) is not None and found.name in _VIEWS)
     return facts.is_seen_outside(node) or any(_leaves(user, facts) for user in viewed)
 
@@ -79,8 +80,8 @@ def _exposed(found: Description, facts: Facts) -> set[Node]:
 
 
 class _AsItIs(AsNode):
-    """A copy that Inductor does not see through. Of the source it would keep a view, and never ask whether it has
-    changed (2.13): a bias, or the output that a kernel keeps for its backward pass."""
+    """A copy that Inductor does not see through: of the source it would keep a view, and never ask whether it has
+    changed (2.13)."""
 
     __name__ = "as_it_is"
     is_shared = True
