@@ -11,6 +11,7 @@ import torch
 from attn_rewriter.device import Device
 from attn_rewriter.errors import KernelUnavailable, Refusal
 from attn_rewriter.kernels import KERNELS, PAIRS, Kernel, named
+from attn_rewriter.kernels.base import FUSED_HEAD_DIM
 from attn_rewriter.kernels.blocks import perhaps_masks
 from attn_rewriter.measured import passes
 from attn_rewriter.spec import EVERY_KEY, AttentionSpec, Bias, Shapes, at_most
@@ -22,9 +23,6 @@ FEW_QUERIES, SHORT = 127, 512
 
 MANY_KEYS = 8
 """So many for each query are worth splitting."""
-
-LARGEST_FUSED = 256
-"""The features of a head that flash attention and cuDNN take."""
 
 FLASH = ("fa4", "fa3", "fa2")
 
@@ -57,7 +55,7 @@ def order(spec: AttentionSpec, shapes: Shapes, device: Device) -> tuple[str, ...
     if device.platform != "cuda":
         return _in_order("sdpa", "flex")
     few = isinstance(shapes.q_len, int) and shapes.q_len <= FEW_QUERIES
-    if isinstance(shapes.head_dim, int) and shapes.head_dim > LARGEST_FUSED and not few:
+    if isinstance(shapes.head_dim, int) and shapes.head_dim > FUSED_HEAD_DIM and not few:
         return _in_order("chunked", "sdpa")
     if spec.is_plain(shapes):
         causal = spec.keep.within(shapes.q_len, shapes.kv_len) != EVERY_KEY

@@ -42,15 +42,13 @@ def emit(site: Site, found: Description, kernel: Kernel, device: Device, facts: 
             fused: Node = result.node  # type: ignore[attr-defined]
             result = arrange(result, plan(found.layout.of("output"), found.output), splice.size)
             result = splice.as_type(result, expected.dtype)
-            if expected.requires_grad and _leaves(output, facts):
+            if expected.requires_grad and (_leaves(output, facts) or not facts.unchanged(output)):
                 result = torch.ops.attn_rewriter.in_memory.default(result)
             _check(splice.value(result), expected)
             if not _interchangeable(splice.value(result), output, facts):
                 result = _in_memory_as(expected, result)
                 if not _strides_agree(splice.value(result), expected):
                     refuse("emit", "the model's output lies in memory in a way that can't be made", output)
-            if expected.requires_grad and not facts.unchanged(output):
-                result = result.clone()  # a kernel keeps its output for its backward pass
             splice.replace(output, result, found.interior)
     except Refused as refused:
         return refused.refusal
@@ -61,8 +59,8 @@ def emit(site: Site, found: Description, kernel: Kernel, device: Device, facts: 
 
 
 def _leaves(node: Node, facts: Facts) -> bool:
-    """Whether a tensor, or what may be a view of it, leaves the graph, for someone to write into. A kernel keeps it for
-    its backward pass, and Inductor would neither ask whether it has changed, nor make a clone of it (2.13)."""
+    """Whether a tensor, or what may be a view of it, leaves the graph, for someone to write into. A kernel keeps its
+    output for its backward pass, and Inductor would neither ask whether that has changed, nor make a clone (2.13)."""
     viewed = (user for user in node.users if (found := call(user)) is not None and found.name in _VIEWS)
     return facts.is_seen_outside(node) or any(_leaves(user, facts) for user in viewed)
 

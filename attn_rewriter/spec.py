@@ -699,6 +699,11 @@ class Shapes:
         return f"{self.batch}×{heads}×{self.q_len}×{self.kv_len}×{dims} {str(self.dtype).removeprefix('torch.')}"
 
 
+def hidden_from(dtype: torch.dtype) -> float:
+    """The number at or below which what is added to a score of `dtype` means "do not attend" (see `MASKED`)."""
+    return max(MASKED, torch.finfo(dtype).min)
+
+
 def is_masking(value: float, dtype: torch.dtype) -> bool:
-    """Whether adding `value` to a score of `dtype` means "do not attend" (see `MASKED`)."""
-    return value <= max(MASKED, torch.finfo(dtype).min) and not math.isnan(value)
+    """Whether adding `value` to a score of `dtype` means "do not attend"."""
+    return value <= hidden_from(dtype) and not math.isnan(value)

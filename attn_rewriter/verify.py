@@ -38,7 +38,7 @@ from attn_rewriter.patterns.axes import plan as steps
 from attn_rewriter.pipeline import Plan, Settings, graphs, plan
 from attn_rewriter.progress import working
 from attn_rewriter.sites import Check
-from attn_rewriter.spec import MASKED, Bias, Mask, Size
+from attn_rewriter.spec import Bias, Mask, Size, hidden_from
 
 _LOOKS = 8
 """How often a site is compared at most, if it is off at first: over all of these, one that was wrong once still is."""
@@ -378,7 +378,7 @@ class _Trial:
         seen = [keep_mask([m for m in spec.modifiers if isinstance(m, Mask)], shapes, operands)]
         # A row that a bias hides as a whole: float64 still tells its scores apart.
         biases = [(str(m.tensor), m.factor) for m in spec.modifiers if isinstance(m, Bias)]
-        seen += [x > max(MASKED, torch.finfo(x.dtype).min) / 2 for x in bias_terms(biases, operands)]
+        seen += [x > hidden_from(x.dtype) / 2 for x in bias_terms(biases, operands)]
         kept = [x for x in seen if x is not None]
         if not kept or spec.sinks is not None:
             return None

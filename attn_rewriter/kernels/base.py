@@ -59,6 +59,10 @@ class Limits:
         return reasons
 
 
+FUSED_HEAD_DIM = 256
+"""The most features of a head that fused kernels take on CUDA."""
+
+
 class Kernel:
     """A way to compute attention.
 

@@ -64,7 +64,7 @@ class Chunked(Kernel):
         if causal and shapes.kv_len > shapes.q_len:  # the last ones are seen by no query
             key, value = (x[:, :, : shapes.q_len] for x in (key, value))
         at_once = _SCORES // (shapes.batch * shapes.num_heads * shapes.kv_len)
-        return _InChunks(form.scale, causal, max(1, at_once, math.ceil(shapes.q_len / _CHUNKS)))(query, key, value)
+        return _InChunks(form.scale, causal, max(at_once, math.ceil(shapes.q_len / _CHUNKS)))(query, key, value)
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class _Attention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable  # the logsumexp is taken for a constant
+    @once_differentiable  # which would take the logsumexp for a constant
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         with torch.autocast(gradient.device.type, enabled=False):
             return *ctx.how.backward(gradient, *ctx.saved_tensors), None

@@ -28,13 +28,12 @@ from torch.torch_version import TorchVersion
 
 from attn_rewriter.device import Device, made_current
 from attn_rewriter.errors import is_out_of_memory
-from attn_rewriter.kernels.base import Kernel, Limits, Tensors
+from attn_rewriter.kernels.base import FUSED_HEAD_DIM, Kernel, Limits, Tensors
 from attn_rewriter.kernels.blocks import mask_names
 from attn_rewriter.kernels.masking import bias_terms, scaled_query, sink_scores
 from attn_rewriter.packages import unimportable, version
 from attn_rewriter.spec import (
     EVERY_KEY,
-    MASKED,
     AttentionSpec,
     Band,
     Bias,
@@ -46,6 +45,7 @@ from attn_rewriter.spec import (
     Size,
     Softcap,
     at_most,
+    hidden_from,
     parsed,
     same,
 )
@@ -146,7 +146,11 @@ class Flash(Kernel):
     at_least: ClassVar[str]
     has_dropout: ClassVar[bool] = False
     limits = Limits(
-        platforms=frozenset({"cuda"}), min_capability=(8, 0), dtypes=HALF, max_head_dim=256, max_blocks=2**16 - 1
+        platforms=frozenset({"cuda"}),
+        min_capability=(8, 0),
+        dtypes=HALF,
+        max_head_dim=FUSED_HEAD_DIM,
+        max_blocks=2**16 - 1,
     )
     versions: ClassVar[dict[str, type[Flash]]] = {}
 
@@ -227,7 +231,7 @@ def attend(
         masks = [tensors[name] for name in mask_names(form.mask)]
     # Kernels look out for minus infinity. Of a block of other numbers as low as these they make NaN: a row's largest
     # score is rounded after it was multiplied by log2(e), the product that it is subtracted from is not.
-    lowest = max(MASKED, torch.finfo(shapes.dtype).min)
+    lowest = hidden_from(shapes.dtype)
     terms = bias_terms(((str(bias.tensor), bias.factor) for bias in form.biases), tensors)
     biases = [bias.masked_fill(bias <= lowest, float("-inf")) for bias in terms]
     window = (-1 if side is None else side for side in (form.left, form.right))

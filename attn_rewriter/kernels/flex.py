@@ -23,7 +23,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.attention.flex_attention import BlockMask
 
 from attn_rewriter.device import Device
-from attn_rewriter.kernels.base import Kernel, Limits, Tensors
+from attn_rewriter.kernels.base import FUSED_HEAD_DIM, Kernel, Limits, Tensors
 from attn_rewriter.kernels.blocks import BLOCK, AsNode, block_mask, in_memory, mask_names, perhaps_masks
 from attn_rewriter.kernels.masking import element, holds, modified
 from attn_rewriter.spec import (
@@ -61,8 +61,8 @@ class Flex(Kernel):
         if spec.dropout_p:
             reasons.append("has no dropout")
         size = max((n for n in (shapes.head_dim, shapes.head_dim_v) if isinstance(n, int)), default=0)
-        if device.type == "cuda" and size > 256:  # tiles of more are too large for a GPU, or were never run
-            reasons.append(f"head_dim is at most 256 on CUDA, here {size}")
+        if device.type == "cuda" and size > FUSED_HEAD_DIM:  # tiles of more are too large for a GPU, or were never run
+            reasons.append(f"head_dim is at most {FUSED_HEAD_DIM} on CUDA, here {size}")
         if not all(isinstance(n, int) for n in (shapes.num_heads, shapes.head_dim, shapes.head_dim_v)):
             reasons.append("needs the numbers of heads and their sizes to be known")
         scores = shapes.q_len * shapes.kv_len

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from attn_rewriter.kernels.base import Tensors, number
 from attn_rewriter.spec import (
     EVERY_KEY,
-    MASKED,
     AffineForm,
     Always,
     And,
@@ -34,6 +33,7 @@ from attn_rewriter.spec import (
     Softcap,
     TensorMask,
     Values,
+    hidden_from,
 )
 
 
@@ -65,7 +65,7 @@ def without_hidden(bias: torch.Tensor, keep: torch.Tensor | None = None) -> torc
 
     Their weight is zero anyway, unless a row has no key that is far above them.
     """
-    lowest = max(MASKED, torch.finfo(bias.dtype).min)
+    lowest = hidden_from(bias.dtype)
     far_above = bias > lowest / 2
     usual = (far_above if keep is None else far_above & keep).any(-1, keepdim=True)
     shown = ~(torch.where(usual, bias, 0.0) <= lowest)  # no `|`, of which Inductor makes wrong C++ below a `pad` (2.13)
