@@ -147,8 +147,6 @@ WINDOWS = {
 @pytest.mark.parametrize("kernel", PACKAGES)
 def test_flash_attention(kernel: str, layout: str, name: str, dtype: torch.dtype, head_dim: int, kv_heads: int) -> None:
     """What the packages are declared to compute, they compute, gradients included."""
-    if reason := missing(KERNELS[kernel].distribution, KERNELS[kernel].module, KERNELS[kernel].at_least):
-        pytest.skip(reason)
     q_len, kv_len, lower, upper, cap = WINDOWS[name]
 
     def attention(q, k, v):
@@ -159,11 +157,36 @@ def test_flash_attention(kernel: str, layout: str, name: str, dtype: torch.dtype
     inputs = [torch.randn(size, dtype=dtype, device="cuda") for size in sizes]
     if layout == "positions first":
         inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
-    inputs = [x.requires_grad_() for x in inputs]
-    function, report = rewritten(attention, kernel=kernel)
-    fused = with_gradients(function, inputs)
+    assert_right(kernel, attention, [x.requires_grad_() for x in inputs])
+
+
+def assert_right(kernel: str, attention: Callable[..., Any], inputs: list[torch.Tensor], compiler: Any = None) -> None:
+    """Result and gradients of a kernel that is asked for by name."""
+    function, report = rewritten(attention, kernel=kernel, **({"compiler": compiler} if compiler else {}))
+    with skipped_where_refused():
+        fused = with_gradients(function, inputs)
     assert [site.kernel for site in report().sites] == [kernel]
     assert_as_accurate(fused, with_gradients(attention, inputs), truth(attention, inputs))
+
+
+@pytest.mark.parametrize(("name", "kv_heads"), [("full", 4), ("causal", 1), ("padding, causal", 4)])
+@pytest.mark.parametrize("head_dim", [*range(8, 128, 8), *range(128, 257, 16)])
+@pytest.mark.parametrize("kernel", ["sdpa", "cudnn", "flash", "flex", *PACKAGES])
+def test_any_head_dim(kernel: str, head_dim: int, name: str, kv_heads: int) -> None:
+    """That one is right says nothing of another: each is padded and tiled in its own way."""
+    length, upper = 330, None if name == "full" else 0
+
+    def attention(q, k, v, padding):
+        scores = _scores(q, k, None, upper)
+        if "padding" in name:
+            scores = scores.masked_fill(~padding[:, None, None], float("-inf"))
+        weights = scores.float().softmax(-1).to(q.dtype)
+        return (weights @ v.repeat_interleave(q.size(1) // v.size(1), dim=1)).transpose(1, 2)
+
+    drawn = (torch.randn(2, length, n, head_dim, dtype=torch.bfloat16, device="cuda") for n in (4, kv_heads, kv_heads))
+    padding = torch.arange(length, device="cuda") != torch.tensor([[7], [200]], device="cuda")
+    inputs = [*(x.transpose(1, 2).requires_grad_() for x in drawn), padding]
+    assert_right(kernel, attention, inputs, compiler="inductor" if kernel == "flex" else None)
 
 
 @pytest.mark.parametrize("kv_heads", [8, 2])
@@ -231,11 +254,7 @@ def test_mixed_passes(kernel: str, name: str, layout: str, dtype: torch.dtype, h
         x = torch.randn(2, length, 3 if layout == "packed" else 1, heads, head_dim, dtype=dtype, device="cuda")
         x = x[:, :, 0].transpose(1, 2)
         inputs.append((x.contiguous() if layout == "heads first" else x).requires_grad_())
-    function, report = rewritten(attention, kernel=kernel)
-    with skipped_where_refused("not installed"):
-        fused = with_gradients(function, inputs)
-    assert [site.kernel for site in report().sites] == [kernel]
-    assert_as_accurate(fused, with_gradients(attention, inputs), truth(attention, inputs))
+    assert_right(kernel, attention, inputs)
 
 
 @pytest.mark.parametrize("kernel", ["cudnn", "flash", "fa4"])

@@ -33,9 +33,10 @@ FORMS = {
     "negative scale": AttentionSpec((Scale(-0.3),)),
     "causal": AttentionSpec((SCALE, Mask(None, Band(None, 0), "keep"))),
     "causal, last query on last key": AttentionSpec((SCALE, CAUSAL)),
-    "window": AttentionSpec((SCALE, Mask(None, Band(KV_LEN - Q_LEN - 5, KV_LEN - Q_LEN), "keep"))),
-    "both sides": AttentionSpec((SCALE, Mask(None, Band(KV_LEN - Q_LEN - 5, KV_LEN - Q_LEN + 3), "keep"))),
-    "from the query on": AttentionSpec((SCALE, Mask(None, Band(KV_LEN - Q_LEN - 2, None), "keep"))),
+    # Every query sees a key, also where there are as many queries.
+    "window": AttentionSpec((SCALE, Mask(None, Band(-3, KV_LEN - Q_LEN), "keep"))),
+    "both sides": AttentionSpec((SCALE, Mask(None, Band(-3, KV_LEN - Q_LEN + 3), "keep"))),
+    "from the query on": AttentionSpec((SCALE, Mask(None, Band(-1, None), "keep"))),
     "padding": AttentionSpec((SCALE, PADDING)),
     "mask tensor, causal": AttentionSpec((SCALE, HIDDEN, CAUSAL)),
     "bias": AttentionSpec((SCALE, Bias("bias0"))),

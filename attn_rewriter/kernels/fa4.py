@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import attn_rewriter.spec
@@ -101,18 +102,35 @@ class FA4(Flash):
     def backward(gradient: Tensor, kept: Kept, how: How) -> tuple[Tensor, ...]:
         from flash_attn.cute.interface import _flash_attn_bwd
 
-        found = tuple(x.new_empty(x.shape) for x in kept[:3])
-        with _compiling("backward", kept.query, kept.key, how):
+        head_dim = kept.query.size(-1)
+        query, key, value, output, gradient = (_in_whole_columns(x) for x in (*kept[:4], gradient))
+        found = tuple(x.new_empty(x.shape) for x in (query, key, value))
+        with _compiling("backward", query, key, how):
             _flash_attn_bwd(
-                *kept[:4],
+                query,
+                key,
+                value,
+                output,
                 gradient,
                 kept.logsumexp,
                 softcap=how.softcap,
                 deterministic=torch.are_deterministic_algorithms_enabled(),
                 **dict(zip(("dq", "dk", "dv"), found)),
-                **_common(how, kept.query, "q"),
+                **_common(how, query, "q"),
             )
-        return found
+        return tuple(x[..., :head_dim] for x in found)
+
+
+COLUMNS = 32
+"""Features that its backward pass needs a multiple of. On sm_90, 4.0.0b36 adds up the gradient of a query in a row of a
+multiple of 16, and reads it in one of 32: with 72 or 80 features most of it is wrong, without an error
+(https://github.com/Dao-AILab/flash-attention/pull/2896)."""
+
+
+def _in_whole_columns(x: Tensor) -> Tensor:
+    """With zeros for the features that are missing."""
+    missing = -x.size(-1) % COLUMNS
+    return F.pad(x, (0, missing)) if missing else x
 
 
 def _is_hopper(device: Device) -> bool:
