@@ -1,7 +1,7 @@
 """What kernels were measured to take, by compute capability: tables that `choose` ranks kernels by.
 
 A table is written by `python -m attn_rewriter bench attention --ship attn_rewriter/measured/sm_90.json`, on such a
-card.
+card; others of that capability, as `sm_90_h100.json`, add to it (kernels are compared within a cell).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import math
 from functools import lru_cache
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from attn_rewriter.device import Device
@@ -22,27 +23,40 @@ TYPICAL_LENGTH = 2048
 
 @lru_cache
 def table(capability: tuple[int, int]) -> tuple[dict[str, Any], ...]:
-    """The cells for a compute capability: head_dim, length, causal, groups (query heads a key head), and milliseconds
-    of each kernel, "forward" and "backward". Empty where nothing was measured."""
-    path = FOLDER / f"sm_{capability[0]}{capability[1]}.json"
-    return tuple(json.loads(path.read_text())["cells"]) if path.exists() else ()
+    """The cells for a compute capability: head_dim, length, causal, groups (query heads a key head), milliseconds of
+    each kernel, "forward" and "backward", and of how many tokens and features. Empty where nothing was measured."""
+    name = f"sm_{capability[0]}{capability[1]}"
+    cells: list[dict[str, Any]] = []
+    for path in sorted([*FOLDER.glob(f"{name}.json"), *FOLDER.glob(f"{name}_*.json")]):
+        held = json.loads(path.read_text())
+        sizes = {size: held["setup"][size] for size in ("tokens", "hidden")}
+        cells += [cell | sizes for cell in held["cells"]]
+    return tuple(cells)
 
 
 def passes(shapes: Shapes, causal: bool, device: Device) -> dict[str, tuple[float, ...]]:
     """By kernel, the milliseconds of its forward pass and, in training, of its backward pass, for scores that are but
-    scaled: those of the cell that is nearest in length and head_dim (by their ratios)."""
+    scaled: those of the cell that is nearest in length and head_dim (by their ratios), or the mean of those that are,
+    for as many products as there are here, where that is known."""
     cells = [cell for cell in table(device.capability) if cell["causal"] == causal] if device.capability else []
     if not cells:
         return {}
     length, head_dim, grouped = _typical(shapes.kv_len), _typical(shapes.head_dim), _typical(shapes.num_groups) > 1
+    sizes = (shapes.batch, shapes.q_len, shapes.num_heads, shapes.head_dim, shapes.kv_len)
+    products = math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None
 
     def distance(cell: dict[str, Any]) -> float:
         apart = abs(math.log2(length / cell["length"])) + 2 * abs(math.log2(head_dim / cell["head_dim"]))
         return apart + (grouped != (cell["groups"] > 1))
 
-    nearest = min(cells, key=distance)
-    wanted = [nearest[way] for way in (("forward", "backward") if shapes.needs_backward else ("forward",))]
-    return {name: tuple(times[name] for times in wanted) for name in wanted[0] if all(name in t for t in wanted)}
+    def share(cell: dict[str, Any]) -> float:
+        return 1.0 if products is None else products / (cell["tokens"] * cell["hidden"] * cell["length"])
+
+    least = min(map(distance, cells))
+    nearest = [cell for cell in cells if math.isclose(distance(cell), least, abs_tol=1e-9)]
+    ways = ("forward", "backward") if shapes.needs_backward else ("forward",)
+    known = [name for name in nearest[0]["forward"] if all(name in cell[way] for cell in nearest for way in ways)]
+    return {name: tuple(mean(cell[way][name] * share(cell) for cell in nearest) for way in ways) for name in known}
 
 
 def _typical(size: Any) -> int:

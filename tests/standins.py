@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -333,10 +332,12 @@ class _ATen:
         self.plans: dict[Any, Any] = {}
 
     def register(self, library: torch.library.Library) -> None:
+        """Unless this is one within another, which serves both."""
         for backend in ("cudnn", "flash"):
             for way in ("", "_backward"):
                 operator = f"_scaled_dot_product_{backend}_attention{way}"
-                library.impl(operator, getattr(self, backend + way), "CPU")
+                if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{operator}", "CPU"):
+                    library.impl(operator, getattr(self, backend + way), "CPU")
 
     def cudnn(
         self, query, key, value, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False,
@@ -463,9 +464,7 @@ def installed(*, newer: bool = False, **versions: str | None) -> Iterator[None]:
 
     missing.cache_clear()
     with pytest.MonkeyPatch.context() as patch, torch.library._scoped_library("aten", "IMPL") as library:
-        with warnings.catch_warnings():  # of one within another
-            warnings.simplefilter("ignore")
-            _ATen().register(library)
+        _ATen().register(library)
         for kernel in (CuDNN, TorchFlash):
             patch.setattr(kernel, "unavailable", staticmethod(lambda: None))
         for name, module in modules.items():

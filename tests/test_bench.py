@@ -60,6 +60,12 @@ def test_attention(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
     shapes = Shapes(1, 8, 2, 100, 100, 64, 64, torch.float32, needs_backward=True)
     ((name, times),) = measured_tables.passes(shapes, causal=True, device=Device.parse("sm_12")).items()
     assert name == "sdpa" and len(times) == 2
+    other = {"head_dim": 64, "length": 100, "causal": True, "groups": 4, "forward": {"fa4": 1}, "backward": {"fa4": 2}}
+    held = {"setup": {"tokens": 200, "hidden": 512}, "cells": [other]}
+    (tmp_path / "sm_12_other.json").write_text(json.dumps(held))
+    measured_tables.table.cache_clear()
+    half = {"fa4": (0.5, 1.0)}  # of as many tokens
+    assert measured_tables.passes(shapes, causal=True, device=Device.parse("sm_12")) == half
     assert measured_tables.passes(shapes, causal=True, device=Device.parse("sm_34")) == {}
 
 
@@ -87,8 +93,9 @@ def test_cases() -> None:
     ]
     assert str(cases[1]) == "head_dim 128, causal, 4:1, 8192"
     assert cases[0].flops("backward") == 2.5 * cases[0].flops("forward") == 5 * 2 * 2 * 16 * 8192**2 * 128 / 2
-    with pytest.raises(SystemExit, match="--head-dims: 96 does not divide 512"):
-        attention.grid(attention.FULL, [96], None)
+    assert {case.heads for case in attention.grid(attention.FULL, [80], None)} == {24}
+    with pytest.raises(SystemExit, match="--head-dims: 1024 is more than 512"):
+        attention.grid(attention.FULL, [1024], None)
     with pytest.raises(SystemExit, match="--lengths: 3000 does not divide 16384"):
         attention.grid(attention.FULL, None, [3000])
 
@@ -242,7 +249,7 @@ def test_longest(tmp_path: Path) -> None:
         ("families_h200", "| rewritten | 17.96 (2.93×) | 0.66 | 3.2e-02 |"),
         (
             "families_h100",
-            "| rewritten | 9.31 (2.81×) | 0.32 | 8.5e-03 | 32.15 (1.97×) | 3.38 | 3.2e-03 | 8/8: fa4 4, sdpa 4 |",
+            "| rewritten | 9.31 (2.81×) | 0.32 | 8.5e-03 | 34.98 (1.81×) | 3.38 | 2.9e-03 | 8/8: fa4 4, sdpa 4",
         ),
         (
             "parallel_h100",

@@ -142,7 +142,8 @@ def chosen(
 ) -> Choice:
     """The choice on a card where kernels take these milliseconds forward and backward."""
     forward, backward = ({name: passes[i] for name, passes in times.items()} for i in range(2))
-    cell = {"head_dim": 64, "length": 4096, "causal": True, "groups": 1, "forward": forward, "backward": backward}
+    sizes = {"head_dim": 64, "length": 4096, "tokens": 4 * 4096, "hidden": 16 * 64}
+    cell = {**sizes, "causal": True, "groups": 1, "forward": forward, "backward": backward}
     monkeypatch.setattr(measured, "table", lambda capability: (cell,))
     with installed(**versions):
         choice = choose(spec, shapes, Device.parse("sm_90"))
@@ -165,12 +166,25 @@ CROSSED = {"sdpa": (1.0, 3.0), "cudnn": (1.0, 3.0), "fa4": (1.2, 2.0), "fa2": (2
         ({"sdpa": (1.0, 3.0), "cudnn": (0.9, 3.0)}, TRAINING, "cudnn"),
         ({"sdpa": (1.0, 3.0), "cudnn": (0.9, 3.0)}, replace(TRAINING, q_len=100), "sdpa"),
         ({"cudnn": (1.0, 3.0), "fa4": (1.0, 2.0)}, replace(TRAINING, dtype=torch.float32), "sdpa"),
+        # The less there is to compute, the less there is to gain; of how much only the run knows, as much as measured.
+        (CROSSED, replace(TRAINING, batch=4, q_len=512, kv_len=512), "cudnn/fa4"),
+        (CROSSED, replace(TRAINING, batch=1, q_len=256, kv_len=256), "sdpa"),
+        (CROSSED, replace(TRAINING, batch=Symbol("s0", positive=True), q_len=256, kv_len=256), "cudnn/fa4"),
     ],
 )
 def test_each_pass_goes_to_what_was_measured(
     times: dict[str, tuple[float, float]], shapes: Shapes, kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert chosen(monkeypatch, times, shapes).kernel.name == kernel
+
+
+def test_what_lies_between_two_sizes_is_the_mean_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4096 keys are as far from 2048 as from 8192; each cell counts by as many products as there are here."""
+    sizes = {"head_dim": 64, "tokens": 4 * 4096, "hidden": 16 * 64, "causal": True, "groups": 1}
+    times = {2048: {"sdpa": 1.0, "fa4": 2.0}, 8192: {"sdpa": 6.0, "fa4": 1.0, "cudnn": 1.0}}
+    cells = tuple({**sizes, "length": length, "forward": found, "backward": {}} for length, found in times.items())
+    monkeypatch.setattr(measured, "table", lambda capability: cells)
+    assert measured.passes(LONG, True, Device.parse("sm_90")) == {"sdpa": (2.5,), "fa4": (2.25,)}
 
 
 def test_a_pair_needs_both(monkeypatch: pytest.MonkeyPatch) -> None:

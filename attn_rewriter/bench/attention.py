@@ -2,10 +2,11 @@
 
 What is measured is eager code (matmul, scale, mask, softmax in float32, matmul; key and value heads repeated) through
 `attn_rewriter.optimize(..., kernel=name)`, with Inductor where the kernel needs it. "auto" is what the rewriter takes
-by itself, "eager" the code under Inductor alone. There are 16384 tokens of 2048 features in all, so that no cache holds
-them, in memory as models have them. Forward is without gradients, backward is alone; neither counts launching the
-kernels. Memory is the peak over the inputs: of forward, and of forward and backward together. Errors are relative root
-mean squares of the difference from float64, over the first batch, where scores in float64 are not too many.
+by itself, "eager" the code under Inductor alone. There are 16384 tokens of 2048 features in all (or of as many heads as
+fit into these, by fours), so that no cache holds them, in memory as models have them. Forward is without gradients,
+backward is alone; neither counts launching the kernels. Memory is the peak over the inputs: of forward, and of forward
+and backward together. Errors are relative root mean squares of the difference from float64, over the first batch, where
+scores in float64 are not too many.
 
     python -m attn_rewriter bench attention --json attention.json --plot attention.png
 
@@ -332,12 +333,13 @@ def grid(sizes: Sizes, head_dims: list[int] | None, lengths: list[int] | None) -
     for length, head_dim, causal, groups in product(
         lengths or sizes.lengths, head_dims or sizes.head_dims, (True, False), GROUPS
     ):
-        if sizes.hidden % (head_dim * max(GROUPS)):
+        heads = sizes.hidden // head_dim // max(GROUPS) * max(GROUPS)
+        if not heads:
             most = sizes.hidden // max(GROUPS)
-            raise SystemExit(f"--head-dims: {head_dim} does not divide {most}, a fourth of the hidden size")
+            raise SystemExit(f"--head-dims: {head_dim} is more than {most}, a fourth of the hidden size")
         if sizes.tokens % length:
             raise SystemExit(f"--lengths: {length} does not divide {sizes.tokens}, the number of tokens")
-        cases.append(Case(sizes.tokens // length, sizes.hidden // head_dim, length, head_dim, causal, groups))
+        cases.append(Case(sizes.tokens // length, heads, length, head_dim, causal, groups))
     return cases
 
 
