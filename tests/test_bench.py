@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from attn_rewriter import Device
 from attn_rewriter import measured as measured_tables
-from attn_rewriter.bench import attention, decode, generate, llama, masks, models, parallel, run
+from attn_rewriter.bench import attention, decode, families, generate, llama, masks, models, parallel, run
 from attn_rewriter.bench.measure import OUT_OF_MEMORY, Results, attempt, rich_table
 from attn_rewriter.cli import main
 from attn_rewriter.errors import KernelUnavailable
@@ -209,6 +209,15 @@ def test_families(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert pixart["rewritten"]["fused"] == pixart["rewritten"]["sites"] == 4 and "sites" not in pixart["sdpa"]
     assert max(cell["off_by"] for cell in [*t5.values(), *pixart.values()]) < 1e-5
     assert "| 6/6: sdpa 6 |" in capsys.readouterr().out
+
+
+def test_a_family_that_is_further_off_is_named() -> None:
+    """The first column has nothing to compare with."""
+    results = Results(None)
+    for column, row, off_by in [("a", "rewritten", 1.0), ("b", "eager", 2.0), ("b", "rewritten", 6.0)]:
+        results.put(column, row, {"off_by": off_by})
+    (said,) = families.remarks(results)
+    assert "at most 3.00 times as much as eager ones, compiled (b)" in said
 
 
 def test_parallel(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
