@@ -109,6 +109,9 @@ def _version_2() -> dict[str, Any]:
         drawn = torch.rand(q.size(0), 1, q.size(2), 1, generator=generator)
         return (drawn >= dropout_p).to(q.dtype) / (1 - dropout_p)
 
+    def of_no_key(logsumexp):
+        return logsumexp.masked_fill(logsumexp == float("-inf"), float("inf"))
+
     def checked(q, k, dropout_p, causal, window_size_left, window_size_right, softcap):
         assert not (softcap and dropout_p), "Softcapping does not support dropout for now"
         assert not causal or window_size_right == 0
@@ -124,7 +127,7 @@ def _version_2() -> dict[str, Any]:
         state = torch.randint(1 << 30, (2,)) if dropout_p else torch.zeros(2, dtype=torch.int64)
         output, logsumexp = attention(q, k, v, softmax_scale, *sides, softcap)
         output = torch.empty_like(q).copy_(output * kept(q, dropout_p, state))
-        return output, logsumexp, q.new_empty(0), state
+        return output, of_no_key(logsumexp), q.new_empty(0), state
 
     def _flash_attn_backward(
         dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left,
@@ -157,7 +160,7 @@ def _version_2() -> dict[str, Any]:
             given = (x[None] for x in (q[queries], k[keys], v[keys]))
             found, logsumexp[:, queries] = attention(*given, softmax_scale, *sides, softcap)
             output[queries] = (found * kept(found, dropout_p, state))[0]
-        return output, logsumexp.masked_fill(logsumexp == float("-inf"), float("inf")), q.new_empty(0), state
+        return output, of_no_key(logsumexp), q.new_empty(0), state
 
     def _flash_attn_varlen_backward(
         dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,

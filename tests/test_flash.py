@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from attn_rewriter import AttentionSpec, Device, measured
 from attn_rewriter.choose import Choice, choose, usable
-from attn_rewriter.kernels import KERNELS
-from attn_rewriter.kernels.flash import Flash, FlashForm, flash_attention, flash_form
-from attn_rewriter.spec import Band, Mask, Scale, Shapes, Softcap
+from attn_rewriter.kernels import KERNELS, fa4
+from attn_rewriter.kernels.flash import Flash, FlashForm, How, flash_attention, flash_form
+from attn_rewriter.spec import Band, Bias, Mask, Scale, Shapes, Softcap
 from tests.accuracy import assert_as_accurate
 from tests.running import DRAWS, joined, rewritten, truth, with_gradients
 from tests.spellings import SPELLINGS, Spelling
@@ -320,6 +320,17 @@ def test_biases(name: str) -> None:
     assert "on sm_90 alone" in "; ".join(KERNELS["fa4"].refusals(site.spec, site.shapes, Device.parse("sm_100")))
 
 
+def test_biases_that_would_be_read_where_they_are_not() -> None:
+    """Before the first key, or beyond 31 bits, which only the run knows where sizes are dynamic."""
+    spec = AttentionSpec((Scale(0.125), Bias("bias0", axes=("head", "key")), Mask(None, Band(None, -100), "keep")))
+    at = replace(shapes(400, 300), needs_backward=False)
+    reasons = KERNELS["fa4"].refusals(spec, at, Device.parse("sm_90"))
+    assert reasons == ["takes causal biases over at least as many keys as queries"]
+    query, bias = (torch.empty(*sizes, device="meta") for sizes in ((1, 2**16, 1, 64), (1, 1, 2**16, 2**15)))
+    with pytest.raises(ValueError, match="less than 2\\*\\*31 elements"):
+        fa4._common(How(1.0, 0.0, -1, -1, 0.0, biases=[bias]), query, "kv")
+
+
 def padded(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, p: float = 0.0) -> Tensor:
     k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
     scores = (q @ k.mT * 0.25).masked_fill(~keep[:, None, None], float("-inf"))
@@ -399,6 +410,25 @@ def test_a_sequence_of_padding_alone_gives_finite_numbers(sinks: bool) -> None:
     function, report = rewritten(attention, kernel="fa2", device="sm_90")
     output, gradients = with_gradients(function, inputs)
     assert report().n_fused == 1 and not output[1].any()
+    assert all(x.isfinite().all() for x in (output, *gradients))
+
+
+@pytest.mark.parametrize("kernel", PACKAGES)
+def test_rows_of_a_sink_alone_are_zero(kernel: str) -> None:
+    """As in eager code; where the sink is minus infinity, there is nothing in the row, and it is finite."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Tensor:
+        hidden = torch.ones(40, 30, dtype=torch.bool).triu(30 - 40 + 1)
+        scores = (q @ k.mT * 0.25).masked_fill(hidden, float("-inf"))
+        return torch.cat([scores, sink.expand(4, 4, 40, 1)], -1).softmax(-1)[..., :-1] @ v
+
+    inputs = with_padding(q_len=40)[:3]
+    inputs.append(torch.randn(4, 1, 1, dtype=torch.bfloat16).requires_grad_())
+    function, report = rewritten(attention, kernel=kernel, device="sm_90")
+    found = with_gradients(function, inputs)
+    assert [site.kernel for site in report().sites] == [kernel] and not found[0][:, :, :10].any()
+    assert_as_accurate(found, with_gradients(attention, inputs), truth(attention, inputs))
+    output, gradients = with_gradients(function, [*inputs[:3], torch.full_like(inputs[3], -torch.inf).requires_grad_()])
     assert all(x.isfinite().all() for x in (output, *gradients))
 
 

@@ -77,15 +77,14 @@ class FA2(Flash):
         numbers = how.dropout_p, how.scale, how.causal, *how.window, how.softcap
         if how.mask is None:
             output, logsumexp, _, random = _flash_attn_forward(query, key, value, *numbers, None, False)
-            return output, logsumexp, random
+            return output, _of_no_key(logsumexp), random
         batch, q_len = query.shape[:2]
         shown = _Shown.of(how, query, key)
         output, logsumexp, _, random = _flash_attn_varlen_forward(
             query.flatten(0, 1), shown.packed(key), shown.packed(value), *shown.where, *numbers, None, False
         )
         logsumexp = logsumexp.unflatten(1, (batch, q_len)).transpose(0, 1)
-        none = logsumexp == float("inf")  # so it says where a row has no key; nobody else does
-        return output.unflatten(0, (batch, q_len)), logsumexp.masked_fill(none, float("-inf")), random
+        return output.unflatten(0, (batch, q_len)), _of_no_key(logsumexp), random
 
     @staticmethod
     def backward(gradient: Tensor, kept: Kept, how: How) -> tuple[Tensor, ...]:
@@ -105,6 +104,11 @@ class FA2(Flash):
         logsumexp = logsumexp.transpose(0, 1).flatten(1).contiguous()  # which the package does not see to
         _flash_attn_varlen_backward(gradient, *given, output, logsumexp, *found, *shown.where, *numbers, *options)
         return found[0].view(query.shape), *(shown.unpacked(x, like) for x, like in zip(found[1:], (key, value)))
+
+
+def _of_no_key(logsumexp: Tensor) -> Tensor:
+    """Minus infinity where a row has no key, as everyone else says it."""
+    return logsumexp.masked_fill(logsumexp == float("inf"), float("-inf"))
 
 
 class _Shown(NamedTuple):

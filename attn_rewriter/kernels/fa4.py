@@ -25,7 +25,7 @@ from attn_rewriter.kernels.base import Tensors
 from attn_rewriter.kernels.blocks import BLOCK, TENSORS, block_mask, mask_names
 from attn_rewriter.kernels.flash import Flash, FlashForm, How, Kept
 from attn_rewriter.progress import working
-from attn_rewriter.spec import AXES, AttentionSpec, Predicate, Shapes, Softcap, TensorMask, Values, parts
+from attn_rewriter.spec import AXES, AttentionSpec, Predicate, Shapes, Softcap, TensorMask, Values, at_most, parts
 
 
 class FA4(Flash):
@@ -59,6 +59,8 @@ class FA4(Flash):
             reasons.append(f"takes biases on sm_90 alone, this is {device}")
         if form.mask is not None:  # with blocks left out, an additive mask was wrong on an H100 (4.0.0b36)
             reasons.append(f"takes no bias beside a mask: {form.no_window}")
+        if form.right is not None and not at_most(shapes.q_len, shapes.kv_len):
+            reasons.append("takes causal biases over at least as many keys as queries")  # it reads those of no key
         if any(bias.tensor in shapes.learned for bias in form.biases):
             reasons.append("computes no gradient of a bias")
         if shapes.needs_backward and shapes.is_gqa:  # 4.0.0b36 takes heads there to be packed, which they are not
@@ -207,6 +209,8 @@ def _common(how: How, query: Tensor, side: str) -> dict[str, Any]:
         if side == "q":
             common["score_mod_bwd"] = _gradient_of_score
         auxiliary += [x.contiguous().flatten() for x in how.biases]
+    if any(x.numel() >= 2**31 for x in auxiliary):  # which only the run knows where sizes are dynamic
+        raise ValueError("flash-attn-4 reads masks and biases of less than 2**31 elements")
     return common | ({"aux_tensors": auxiliary} if auxiliary else {})
 
 

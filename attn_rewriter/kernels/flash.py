@@ -369,8 +369,13 @@ def _with_sinks(output: Tensor, logsumexp: Tensor, sinks: Tensor) -> tuple[Tenso
     """Output and logsumexp with one more score in each row, which has no value. (The backward pass of a kernel is right
     with these: it takes the weights from the logsumexp.)"""
     together = torch.logaddexp(logsumexp, sinks.float())
-    share = (logsumexp - together).exp().transpose(1, 2).unsqueeze(-1)
+    share = _weight(logsumexp, together).transpose(1, 2).unsqueeze(-1)
     return (output * share).to(output.dtype), together
+
+
+def _weight(score: Tensor, logsumexp: Tensor) -> Tensor:
+    """Of a score in its row; none where there is nothing in the row."""
+    return (score - logsumexp).exp().masked_fill(logsumexp == float("-inf"), 0.0)
 
 
 def _like_flash_attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -437,7 +442,7 @@ def _gradients(ctx: Any, gradient: Tensor, *others: None) -> tuple[Any, ...]:
 def _gradient_of_sinks(gradient: Tensor, output: Tensor, logsumexp: Tensor, sinks: Tensor) -> Tensor:
     """Their weight times what all weights of a row have in common, `-Σ gradient * output`."""
     along = (gradient.float() * output.float()).sum(-1).transpose(1, 2)
-    return ((sinks.float() - logsumexp).exp() * -along).sum_to_size(sinks.shape).to(sinks.dtype)
+    return (_weight(sinks.float(), logsumexp) * -along).sum_to_size(sinks.shape).to(sinks.dtype)
 
 
 def _operator(name: str, *tags: torch.Tag) -> Any:
