@@ -23,15 +23,12 @@ TYPICAL_LENGTH = 2048
 
 @lru_cache
 def table(capability: tuple[int, int]) -> tuple[dict[str, Any], ...]:
-    """The cells for a compute capability: head_dim, length, causal, groups (query heads a key head), milliseconds of
-    each kernel, "forward" and "backward", and of how many tokens and features. Empty where nothing was measured."""
+    """The cells for a compute capability: head_dim, length, causal, groups (query heads a key head), the products of
+    numbers that a product of matrices takes, and milliseconds of each kernel, "forward" and "backward". Empty where
+    nothing was measured."""
     name = f"sm_{capability[0]}{capability[1]}"
-    cells: list[dict[str, Any]] = []
-    for path in sorted([*FOLDER.glob(f"{name}.json"), *FOLDER.glob(f"{name}_*.json")]):
-        held = json.loads(path.read_text())
-        sizes = {size: held["setup"][size] for size in ("tokens", "hidden")}
-        cells += [cell | sizes for cell in held["cells"]]
-    return tuple(cells)
+    paths = sorted([*FOLDER.glob(f"{name}.json"), *FOLDER.glob(f"{name}_*.json")])
+    return tuple(cell for path in paths for cell in json.loads(path.read_text())["cells"])
 
 
 def passes(shapes: Shapes, causal: bool, device: Device) -> dict[str, tuple[float, ...]]:
@@ -50,7 +47,7 @@ def passes(shapes: Shapes, causal: bool, device: Device) -> dict[str, tuple[floa
         return apart + (grouped != (cell["groups"] > 1))
 
     def share(cell: dict[str, Any]) -> float:
-        return 1.0 if products is None else products / (cell["tokens"] * cell["hidden"] * cell["length"])
+        return 1.0 if products is None else products / cell["products"]
 
     least = min(map(distance, cells))
     nearest = [cell for cell in cells if math.isclose(distance(cell), least, abs_tol=1e-9)]

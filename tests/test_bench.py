@@ -60,9 +60,9 @@ def test_attention(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
     shapes = Shapes(1, 8, 2, 100, 100, 64, 64, torch.float32, needs_backward=True)
     ((name, times),) = measured_tables.passes(shapes, causal=True, device=Device.parse("sm_12")).items()
     assert name == "sdpa" and len(times) == 2
-    other = {"head_dim": 64, "length": 100, "causal": True, "groups": 4, "forward": {"fa4": 1}, "backward": {"fa4": 2}}
-    held = {"setup": {"tokens": 200, "hidden": 512}, "cells": [other]}
-    (tmp_path / "sm_12_other.json").write_text(json.dumps(held))
+    other = {"head_dim": 64, "length": 100, "causal": True, "groups": 4, "products": 2 * 8 * 100**2 * 64}
+    times = {"forward": {"fa4": 1}, "backward": {"fa4": 2}}
+    (tmp_path / "sm_12_other.json").write_text(json.dumps({"cells": [other | times]}))
     measured_tables.table.cache_clear()
     half = {"fa4": (0.5, 1.0)}  # of as many tokens
     assert measured_tables.passes(shapes, causal=True, device=Device.parse("sm_12")) == half

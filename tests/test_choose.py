@@ -142,7 +142,7 @@ def chosen(
 ) -> Choice:
     """The choice on a card where kernels take these milliseconds forward and backward."""
     forward, backward = ({name: passes[i] for name, passes in times.items()} for i in range(2))
-    sizes = {"head_dim": 64, "length": 4096, "tokens": 4 * 4096, "hidden": 16 * 64}
+    sizes = {"head_dim": 64, "length": 4096, "products": 4 * 16 * 4096**2 * 64}
     cell = {**sizes, "causal": True, "groups": 1, "forward": forward, "backward": backward}
     monkeypatch.setattr(measured, "table", lambda capability: (cell,))
     with installed(**versions):
@@ -180,9 +180,12 @@ def test_each_pass_goes_to_what_was_measured(
 
 def test_what_lies_between_two_sizes_is_the_mean_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """4096 keys are as far from 2048 as from 8192; each cell counts by as many products as there are here."""
-    sizes = {"head_dim": 64, "tokens": 4 * 4096, "hidden": 16 * 64, "causal": True, "groups": 1}
+    sizes = {"head_dim": 64, "causal": True, "groups": 1, "backward": {}}
     times = {2048: {"sdpa": 1.0, "fa4": 2.0}, 8192: {"sdpa": 6.0, "fa4": 1.0, "cudnn": 1.0}}
-    cells = tuple({**sizes, "length": length, "forward": found, "backward": {}} for length, found in times.items())
+    cells = tuple(
+        {**sizes, "length": length, "products": 4 * 16 * 4096 * length * 64, "forward": found}
+        for length, found in times.items()
+    )
     monkeypatch.setattr(measured, "table", lambda capability: cells)
     assert measured.passes(LONG, True, Device.parse("sm_90")) == {"sdpa": (2.5,), "fa4": (2.25,)}
 

@@ -160,10 +160,12 @@ def test_flash_attention(kernel: str, layout: str, name: str, dtype: torch.dtype
     assert_right(kernel, attention, [x.requires_grad_() for x in inputs])
 
 
-def assert_right(kernel: str, attention: Callable[..., Any], inputs: list[torch.Tensor], compiler: Any = None) -> None:
-    """Result and gradients of a kernel that is asked for by name."""
-    function, report = rewritten(attention, kernel=kernel, **({"compiler": compiler} if compiler else {}))
-    with skipped_where_refused():
+def assert_right(
+    kernel: str, attention: Callable[..., Any], inputs: list[torch.Tensor], refusal: str = "not installed", **how: Any
+) -> None:
+    """Result and gradients of a kernel that is asked for by name; skipped where it refuses with these words alone."""
+    function, report = rewritten(attention, kernel=kernel, **how)
+    with skipped_where_refused(refusal):
         fused = with_gradients(function, inputs)
     assert [site.kernel for site in report().sites] == [kernel]
     assert_as_accurate(fused, with_gradients(attention, inputs), truth(attention, inputs))
@@ -186,7 +188,8 @@ def test_any_head_dim(kernel: str, head_dim: int, name: str, kv_heads: int) -> N
     drawn = (torch.randn(2, length, n, head_dim, dtype=torch.bfloat16, device="cuda") for n in (4, kv_heads, kv_heads))
     padding = torch.arange(length, device="cuda") != torch.tensor([[7], [200]], device="cuda")
     inputs = [*(x.transpose(1, 2).requires_grad_() for x in drawn), padding]
-    assert_right(kernel, attention, inputs, compiler="inductor" if kernel == "flex" else None)
+    how = {"compiler": "inductor"} if kernel == "flex" else {}
+    assert_right(kernel, attention, inputs, refusal="", **how)
 
 
 @pytest.mark.parametrize("kv_heads", [8, 2])

@@ -97,10 +97,15 @@ class Case:
         torch.manual_seed(1)
         return torch.randn(self.batch, self.length, self.heads * self.head_dim, device=device, dtype=dtype)
 
+    @property
+    def products(self) -> int:
+        """Of numbers, in one product of matrices where nothing is masked."""
+        return self.batch * self.heads * self.length**2 * self.head_dim
+
     def flops(self, direction: str) -> float:
         """Two products forward, five backward; half of each where it is causal."""
-        products = {"forward": 2, "backward": 5}[direction] * (0.5 if self.causal else 1)
-        return products * 2 * self.batch * self.heads * self.length**2 * self.head_dim
+        times = {"forward": 2, "backward": 5}[direction] * (0.5 if self.causal else 1)
+        return times * 2 * self.products
 
 
 def column(case: Case, direction: str) -> str:
@@ -254,7 +259,7 @@ def shipped(results: Results, cases: list[Case]) -> dict[str, Any]:
         times = {way: _times(results, case, way) for way in DIRECTIONS}
         sizes = {"head_dim": case.head_dim, "length": case.length, "causal": case.causal, "groups": case.groups}
         if any(times.values()):
-            cells.append(sizes | times)
+            cells.append({**sizes, "products": case.products, **times})
     return {"setup": results.data["setup"], "commands": results.data["commands"], "cells": cells}
 
 

@@ -107,7 +107,7 @@ class FA2(Flash):
 
 
 def _of_no_key(logsumexp: Tensor) -> Tensor:
-    """Minus infinity where a row has no key, as everyone else says it."""
+    """Minus infinity where a row has no key, which this package says by plus infinity."""
     return logsumexp.masked_fill(logsumexp == float("inf"), float("-inf"))
 
 

@@ -201,8 +201,8 @@ class Flash(Kernel):
 
     @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor, how: How) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Output `[batch, q_len, num_heads, head_dim]`, logsumexp `[batch, num_heads, q_len]`, and what the dropout
-        depends on."""
+        """Output `[batch, q_len, num_heads, head_dim]`, logsumexp `[batch, num_heads, q_len]`, minus infinity where a
+        row has no key, and what the dropout depends on."""
         raise NotImplementedError
 
     @staticmethod
