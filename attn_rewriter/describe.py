@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Node
@@ -31,6 +31,7 @@ from attn_rewriter.graph import (
     shape,
     tensor,
 )
+from attn_rewriter.hidden import Done, NotHidden, Zeroing, fully_masked_rows, is_masking, levels
 from attn_rewriter.patterns.axes import Atom, Dim, Dims, backward, extent, fresh, leaves
 from attn_rewriter.patterns.masks import MaskReader, axes
 from attn_rewriter.patterns.match import Matcher
@@ -39,11 +40,12 @@ from attn_rewriter.patterns.rule import Column, Dropout, Fill, Rules, Shift, Zer
 from attn_rewriter.patterns.scores import scores
 from attn_rewriter.patterns.weights import weights
 from attn_rewriter.spec import (
-    MASKED,
+    AXES,
     AttentionSpec,
     Band,
     Bias,
     Clamp,
+    FullyMasked,
     Mask,
     Modifier,
     Predicate,
@@ -52,9 +54,10 @@ from attn_rewriter.spec import (
     Shapes,
     Size,
     Softcap,
+    Values,
     at_most,
     conjunction,
-    is_masking,
+    every_row_sees_a_key,
     same,
 )
 
@@ -111,7 +114,15 @@ def describe(site: Site, facts: Facts) -> Description | Refusal:
         return refused.refusal
 
 
-Steps = tuple[tuple[Any, Dims], ...]
+class Step(NamedTuple):
+    """What is done to scores or weights, the dimensions of the tensor it is done to, and the type of its result."""
+
+    what: Any
+    dims: Dims
+    dtype: torch.dtype
+
+
+Steps = tuple[Step, ...]
 _PRODUCT = ("query", "key", "value")
 
 
@@ -180,6 +191,8 @@ class _Reading:
         """Both products are known: tell query from key, and the axes from each other."""
         assert self.site.softmax is not None
         self._check_interior((*after.nodes, *self.site.softmax.nodes), before.nodes)
+        self._check_precision((*self.site.softmax.nodes, *before.nodes), _dtype(before.node))
+        self._check_precision(after.nodes, _dtype(found.node))
         key_dim = leaves(dims[found.contracted[0]])
         axes = scored.labelled(before.dims)
         rows = [
@@ -197,7 +210,7 @@ class _Reading:
         self._product_operand("key", key, axes, scored.node, scaled=True)
         self._product_operand("value", value, dims, found.node)
         return self._finish(
-            steps=(*((step, before.dims) for step in scored.steps), *before.steps),
+            steps=(*(Step(step, before.dims, _dtype(scored.node)) for step in scored.steps), *before.steps),
             after=after.steps,
             sink=self.site.softmax.sink,
             batch=[axes[x] for x in rest if x not in query_rows],
@@ -209,7 +222,7 @@ class _Reading:
             },
             output=tuple(dims[x] for x in found.out),
             interior=(*after.nodes, *self.site.softmax.nodes, *before.nodes),
-            score_dtype=tensor(scored.node).dtype,  # type: ignore[union-attr]
+            score_dtype=_dtype(scored.node),
         )
 
     def sdpa(self) -> Description:
@@ -254,16 +267,20 @@ class _Reading:
             steps.append(Mask(None, Band(None, 0), "keep"))
         if attn_mask is not None:
             mask = self.facts.current(attn_mask, node)
-            is_bool = tensor(mask).dtype == torch.bool  # type: ignore[union-attr]
+            is_bool = _dtype(mask) == torch.bool
             steps.append(Fill(mask, float("-inf"), keep=True) if is_bool else Bias(mask))
         return self._finish(
-            steps=tuple((step, (*out[:-1], kv)) for step in steps),
-            after=((Dropout(dropout_p), (*out[:-1], kv)),) if dropout_p else (),
+            steps=tuple(Step(step, (*out[:-1], kv), _dtype(node)) for step in steps),
+            # PyTorch's softmax here is a safe one: a row of minus infinities gives zeros.
+            after=tuple(
+                Step(step, (*out[:-1], kv), _dtype(node))
+                for step in (Zeroed(), *([Dropout(dropout_p)] if dropout_p else ()))
+            ),
             batch=[*out[:-2]],
             named={"query": out[-2], "key": kv, "head_dim": head_dim, "head_dim_v": out[-1]},
             output=out,
             interior=(),
-            score_dtype=tensor(node).dtype,  # type: ignore[union-attr]
+            score_dtype=_dtype(node),
         )
 
     # -- walking ------------------------------------------------------------------------------------------------
@@ -297,7 +314,7 @@ class _Reading:
                 read = bound.pop("nodes")
                 peeled = rule.apply(**bound)
                 if peeled is not None and self._fits(peeled[0], node, peeled[1:]):
-                    found = tuple((step, dims) for step in peeled[1:])
+                    found = tuple(Step(step, dims, _dtype(node)) for step in peeled[1:])
                     yield from self._walk(peeled[0], dims, rules, arrived, found + steps, (*nodes, *read))
 
     @staticmethod
@@ -324,6 +341,16 @@ class _Reading:
                     is_output = user.op == "output"
                     how = f"returned{graph_break(user.graph)}" if is_output else f"used by {describe_node(user)}"
                     refuse("describe", f"the attention {what} are also {how}", user)
+
+    @staticmethod
+    def _check_precision(nodes: Sequence[Node], product: torch.dtype) -> None:
+        """What lies between the products may be of a wider type than they are, but of no narrower one: a cast to that
+        loses more than eager code does elsewhere, and is a part of the model, as fake quantisation is."""
+        for node in nodes:
+            held = tensor(node)
+            if held is not None and not _holds(held.dtype, product):
+                name = str(held.dtype).removeprefix("torch.")
+                refuse("describe", f"{describe_node(node)} rounds to {name}, which is narrower than the products", node)
 
     # -- operands -----------------------------------------------------------------------------------------------
 
@@ -362,25 +389,28 @@ class _Reading:
         sink: float | None = None,
     ) -> Description:
         steps, sinks = self._without_column(steps, after, named["key"], sink)
-        steps = tuple(term for step in steps for term in self._terms(*step))
-        after = tuple((step, dims) for step, dims in after if not isinstance(step, Column))
-        names, late_names = ([self._register(step, dims) for step, dims in chain] for chain in (steps, after))
+        steps = tuple(term for step in steps for term in self._terms(step))
+        after = tuple(step for step in after if not isinstance(step.what, Column))
+        names, late_names = ([self._register(step) for step in chain] for chain in (steps, after))
         layout = self._layout(batch, named)
         prescaled = self.operands["query"].origin.scale * self.operands["key"].origin.scale
         modifiers: list[Modifier] = [Scale(prescaled)]
+        done: list[Done] = []
         shifted = False
-        for (step, dims), name in zip(steps, names):
-            modifier = self._modifier(step, dims, name, score_dtype)
+        for step, name in zip(steps, names):
+            modifier = self._modifier(step, name, score_dtype)
+            # A clamp that changes no score that is seen still changes where hidden ones end.
+            done.append(Done(step.what if isinstance(step.what, Clamp) else modifier, step.dtype))
             if modifier is None:
-                shifted = shifted or isinstance(step, Shift)
+                shifted = shifted or isinstance(step.what, Shift)
                 continue
             if shifted and (isinstance(modifier, (Softcap, Clamp)) or getattr(modifier, "per_key", False)):
                 refuse("describe", f"scores go through {modifier} after they were shifted", self.site.anchor)
-            if any(isinstance(earlier, Mask) for earlier in modifiers):
-                self._check_after_mask(modifier)
             modifiers = _followed_by(modifiers, modifier)
-        dropout_p, gates, zeroed = self._after_softmax(after, late_names)
-        spec = AttentionSpec(tuple(m for m in modifiers if m != Scale(1.0)), dropout_p, sinks, gates, zeroed)
+        dropout_p, gates, zeroing = self._after_softmax(after, late_names)
+        empty = self._fully_masked_rows(done, zeroing, layout) if sinks is None else "impossible"
+        modifiers = _without_idle_masks([m for m in modifiers if m != Scale(1.0)])
+        spec = AttentionSpec(tuple(modifiers), dropout_p, sinks, gates, empty)
         operands = {
             name: operand.best(layout.of(name), broadcast=name not in _PRODUCT)
             for name, operand in self.operands.items()
@@ -389,7 +419,9 @@ class _Reading:
             if not state.atoms <= {atom for dim in layout.of(name) for atom in leaves(dim)}:
                 refuse("describe", f"the {name} has an axis that does not belong to it", state.node)
         shapes = self._shapes(spec, layout, operands, score_dtype)
-        if ring() is None:  # else these are the keys of one process, and the mask is that of all
+        # Within a ring these are the keys of one process, and the mask is that of all. And the mean of all values is
+        # that of the last ones, too.
+        if ring() is None and empty in ("impossible", "zeros", "nan"):
             shapes = replace(shapes, kv_len=spec.keep.reach(shapes.q_len, shapes.kv_len, self._at_most))
         return Description(spec, shapes, operands, layout, output, interior)
 
@@ -397,63 +429,88 @@ class _Reading:
         """Whether `a <= b`, now and for as long as this graph is called: other sizes are compiled anew."""
         return at_most(a, b) or (not at_most(b, a) and guarded(a, b, self.site.output))
 
+    def _fully_masked_rows(self, done: list[Done], zeroing: Zeroing, layout: Layout) -> FullyMasked:
+        """What rows are that see no key, if there may be any; refuses where a hidden key may come back."""
+        try:
+            levels(done)
+            if self.kept and not self._every_row_sees_a_key(layout):
+                return fully_masked_rows(done, zeroing)
+            may_mask = any(isinstance(step.modifier, Bias) and step.modifier.may_mask for step in done)
+            return "zeros" if may_mask and zeroing == "nan" else "impossible"
+        except NotHidden as shown:
+            refuse("describe", str(shown), self.site.anchor)
+
+    def _every_row_sees_a_key(self, layout: Layout) -> bool:
+        sizes = {axis: extent(leaves(getattr(layout, axis))) for axis in AXES}
+
+        def at_query(values: Values) -> Values:
+            """The same tensor read at the query's own position, whichever axis it was read along."""
+            held: Any = values.tensor
+            names = tuple(tuple(atom.name.replace("key", "query") for atom in leaves(dim)) for dim in held[1])
+            return Values((held[0], names), ())
+
+        return every_row_sees_a_key(conjunction(self.kept), sizes, at_query, self._at_most)
+
     def _without_column(self, steps: Steps, after: Steps, key: Dim, sink: float | None) -> tuple[Steps, Any]:
         """The steps without the column of the sinks, and the sinks: a name, a number or None."""
-        before = [i for i, (step, _) in enumerate(steps) if isinstance(step, Column)]
-        dropped = [(step, dims) for step, dims in after if isinstance(step, Column)]
+        before = [i for i, step in enumerate(steps) if isinstance(step.what, Column)]
+        dropped = [i for i, step in enumerate(after) if isinstance(step.what, Column)]
         if not before and not dropped:
-            if sink is not None and any(isinstance(step, Shift) for step, _ in steps):
+            if sink is not None and any(isinstance(step.what, Shift) for step in steps):
                 refuse("describe", "scores are shifted before a softmax with a constant sink", self.site.anchor)
             return steps, sink
         if not (len(before) == len(dropped) == 1) or sink is not None:
             refuse("describe", "a column that stands beside the keys is not taken away again", self.site.anchor)
-        (i,) = before
-        column, dims = steps[i]
-        if column.side != dropped[0][0].side or any(leaves(d[-1]) != leaves(key) for d in (dims, dropped[0][1])):
+        (i,), (j,) = before, dropped
+        column = steps[i].what
+        sides = [leaves(step.dims[-1]) for step in (steps[i], after[j])]
+        if column.side != after[j].what.side or any(side != leaves(key) for side in sides):
             refuse("describe", "another column is taken away than was put beside the keys", self.site.anchor)
-        together = [step for step, _ in steps[i + 1 :]] + [s for s, _ in after[: after.index(dropped[0])]]
-        if not all(isinstance(step, (Shift, Dropout)) for step in together):
+        if not all(isinstance(step.what, (Shift, Dropout)) for step in (*steps[i + 1 :], *after[:j])):
             refuse("describe", "more is done to scores and sinks together than a softmax", self.site.anchor)
-        if any(isinstance(step, Shift) for step, _ in steps[:i]):
+        if any(isinstance(step.what, Shift) for step in steps[:i]):
             refuse("describe", "scores are shifted before sinks stand beside them", self.site.anchor)
         sinks = column.sinks
         if isinstance(sinks, Node):
-            sinks = self._score_operand("sinks", sinks, dims)
+            sinks = self._score_operand("sinks", sinks, steps[i].dims)
         return steps[:i] + steps[i + 1 :], sinks
 
-    def _terms(self, step: Any, dims: Dims) -> Steps:
+    def _terms(self, step: Step) -> Steps:
         """A bias that is a sum (T5's positions and mask), as its terms."""
-        call = self.facts.call(step.tensor) if isinstance(step, Bias) and step.factor == 1 else None
+        bias = step.what
+        call = self.facts.call(bias.tensor) if isinstance(bias, Bias) and bias.factor == 1 else None
         if call is None or call.name != "add" or call["alpha"] != 1:
-            return ((step, dims),)
-        terms = [available(self.facts, call[side], step.tensor, self.site.output) for side in ("input", "other")]
-        if any(term is None or tensor(term).dtype != tensor(step.tensor).dtype for term in terms):  # type: ignore[union-attr]
-            return ((step, dims),)
-        return tuple(part for term in terms for part in self._terms(Bias(term), dims))
+            return (step,)
+        terms = [available(self.facts, call[side], bias.tensor, self.site.output) for side in ("input", "other")]
+        if any(term is None or _dtype(term) != _dtype(bias.tensor) for term in terms):
+            return (step,)
+        return tuple(part for term in terms for part in self._terms(step._replace(what=Bias(term))))
 
-    def _after_softmax(self, after: Steps, names: list[str | None]) -> tuple[float, tuple[ScaleBy, ...], bool]:
-        """What the weights go through: the dropout, the gates, and whether rows without any key are zero."""
-        dropouts, gates, zeroed = [], [], False
-        for (step, _), name in zip(after, names):
-            match step:
+    def _after_softmax(self, after: Steps, names: list[str | None]) -> tuple[float, tuple[ScaleBy, ...], Zeroing]:
+        """What the weights go through: the dropout, the gates, and which of them are set to zero."""
+        dropouts: list[float] = []
+        gates: list[ScaleBy] = []
+        zeroing: Zeroing = "nothing"
+        for step, name in zip(after, names):
+            match step.what:
                 case Dropout(p):
                     dropouts.append(p)
                 case ScaleBy() if name is None:
-                    gates.append(step)
-                case ScaleBy():
+                    gates.append(step.what)
+                case ScaleBy(inverse=inverse):
                     origin = self.operands[str(name)].origin
                     if any(atom.axis == "key" for atom in origin.atoms):
                         refuse("describe", "weights are multiplied by a tensor that varies over the keys", origin.node)
-                    gates.append(ScaleBy(name, step.inverse))
+                    gates.append(ScaleBy(name, inverse))
+                case Zeroed(condition=None):
+                    zeroing = "nan" if zeroing == "nothing" else zeroing
                 case Zeroed():
-                    if step.condition is not None:
-                        self._check_zeroed(step, str(name))
-                    zeroed = True
+                    zeroing = self._zeroing(step.what, str(name))
         if len(dropouts) > 1:
             refuse("describe", "the weights are dropped out twice", self.site.anchor)
-        return sum(dropouts), tuple(gates), zeroed
+        return sum(dropouts), tuple(gates), zeroing
 
-    def _check_zeroed(self, step: Zeroed, name: str) -> None:
+    def _zeroing(self, step: Zeroed, name: str) -> Zeroing:
         """Weights may be set to zero after the softmax where the scores were masked before it."""
         operand = self.operands.pop(name).origin
         read = self.reader.boolean(operand.node, operand.dims)
@@ -461,53 +518,48 @@ class _Reading:
         kept, before = (p.rename({held: self._meaning(*held) for held in p.tensors()}) for p in (kept, before))  # type: ignore[misc]
         if conjunction((before, kept)) != before:
             refuse("describe", "weights are set to zero after the softmax that were not masked before", operand.node)
+        return "hidden" if conjunction((kept, before)) == kept else "some"
 
     def _meaning(self, node: Node, dims: Dims) -> str:
-        """The same for two tensors with the same elements, such as `mask == 0` where it is computed twice."""
-        known: dict[Node, str] = {}
+        """The same for two tensors with the same elements, such as `mask == 0` where it is computed twice. A tensor that
+        something writes into is told apart by how often that happened before it was read."""
+        known: dict[tuple[Node, int], str] = {}
 
-        def spelled(node: Node) -> str:
-            if node not in known:
-                known[node] = node.name
-                if is_pure(node) and self.facts.unchanged(node):
-                    known[node] = f"{node.target}{map_arg((node.args, node.kwargs), spelled)}"
-            return known[node]
+        def spelled(node: Node, reader: Node) -> str:
+            before = sum(facts.position[write] < facts.position[reader] for write in facts.writes(node))
+            if (node, before) not in known:
+                again = is_pure(node) and not facts.writes(node)
+                arguments = map_arg((node.args, node.kwargs), lambda x: spelled(x, node)) if again else before
+                known[node, before] = f"{node.target}{arguments}" if again else f"{node.name}@{before}"
+            return known[node, before]
 
-        return f"{spelled(node)} {dims}"
+        facts = self.facts
+        return f"{spelled(node, self.site.output)} {dims}"
 
-    def _check_after_mask(self, modifier: Modifier) -> None:
-        """What is done to scores after they were masked must leave the masked ones so low that nobody attends."""
-        match modifier:
-            case ScaleBy():
-                refuse("describe", "scores are scaled by a tensor after a mask", self.site.anchor)
-            case Scale(factor) if not factor * MASKED < -1e3:
-                refuse("describe", f"scores are scaled by {factor:g} after a mask", self.site.anchor)
-            case Softcap():
-                refuse("describe", f"scores go through {modifier} after a mask", self.site.anchor)
-            case Clamp(lower) if not lower < -1e3:
-                refuse("describe", f"scores go through {modifier} after a mask", self.site.anchor)
-
-    def _register(self, step: Any, dims: Dims) -> str | None:
-        match step:
-            case Fill():
-                return self._score_operand("mask", step.condition, dims)
-            case Zeroed() if step.condition is not None:
-                return self._score_operand("zeroed", step.condition, dims)
-            case Bias(tensor=node):
-                return self._score_operand("bias", node, dims)  # type: ignore[arg-type]
-            case ScaleBy(factor=Node()):
-                return self._score_operand("scale", step.factor, dims)  # type: ignore[arg-type]
+    def _register(self, step: Step) -> str | None:
+        match step.what:
+            case Fill(condition=node):
+                return self._score_operand("mask", node, step.dims)
+            case Zeroed(condition=Node() as node):
+                return self._score_operand("zeroed", node, step.dims)
+            case Bias(tensor=Node() as node):
+                return self._score_operand("bias", node, step.dims)
+            case ScaleBy(factor=Node() as node):
+                return self._score_operand("scale", node, step.dims)
         return None
 
-    def _modifier(self, step: Any, dims: Dims, name: str | None, score_dtype: torch.dtype) -> Modifier | None:
+    def _modifier(self, taken: Step, name: str | None, score_dtype: torch.dtype) -> Modifier | None:
         """A step as a modifier of the spec: its tensor by name, and read as a mask where it is one. None where it
-        changes nothing."""
+        changes no score that is seen."""
+        step = taken.what
         if isinstance(step, Shift):
-            self._check_shift(step, dims)
+            self._check_shift(step, taken.dims)
             return None
         if isinstance(step, Clamp):
             lower = -math.inf if is_masking(step.lower, score_dtype) else step.lower
             return None if (lower, step.upper) == (-math.inf, math.inf) else Clamp(lower, step.upper)
+        if isinstance(step, Mask):
+            self.kept.append(step.keep)
         if name is None:
             return step
         origin = self.operands[name].origin
@@ -515,18 +567,31 @@ class _Reading:
             if not is_masking(step.value, score_dtype):
                 refuse("describe", f"scores are filled with {step.value:g}, which is no mask", origin.node)
             read = self.reader.boolean(origin.node, origin.dims)
-            return self._mask(name, read if step.keep else ~read, "keep" if step.keep else "drop", origin)
+            form, kept = ("keep", read) if step.keep else ("drop", ~read)
+            return self._mask(name, kept, form, origin, (step.value,))
         if isinstance(step, Bias):
             dtype = torch.promote_types(score_dtype, self.operands[name].states[0].dtype or score_dtype)
-            kept = self.reader.additive(origin.node, origin.dims, dtype) if step.factor == 1 else None
-            if kept is not None:
-                return self._mask(name, kept, "additive", origin)
-            return Bias(name, step.factor, axes(origin.dims))
+            added = self.reader.additive(origin.node, origin.dims, dtype) if step.factor == 1 else None
+            if added is not None:
+                return self._mask(name, added.keep, "additive", origin, added.fills)
+            return Bias(name, step.factor, axes(origin.dims), self._may_mask(origin.node))
         return ScaleBy(name, step.inverse, any(atom.axis == "key" for atom in origin.atoms))
 
-    def _mask(self, name: str, kept: Predicate, form: str, origin: State) -> Mask:
+    def _mask(self, name: str, kept: Predicate, form: str, origin: State, fills: tuple[float, ...]) -> Mask:
         self.kept.append(kept)
-        return Mask(name, self._named(kept, name, origin), form)
+        return Mask(name, self._named(kept, name, origin), form, fills)
+
+    def _may_mask(self, bias: Node) -> bool:
+        """Whether a bias that can't be read may hide keys: one that no parameter had a part in."""
+        seen, stack = set[Node](), [bias]
+        while stack:
+            node = stack.pop()
+            held = tensor(node)
+            if held is not None and (held.requires_grad or isinstance(held, torch.nn.Parameter)):
+                return False
+            seen.add(node)
+            stack += [x for x in node.all_input_nodes if x not in seen]
+        return True
 
     def _check_shift(self, step: Shift, dims: Dims) -> None:
         """What is taken off the scores must be the same for all keys of a row."""
@@ -600,6 +665,27 @@ class _Reading:
             needs_backward=output.requires_grad,
             learned=tuple(sorted(learned)) if output.requires_grad else (),
         )
+
+
+def _without_idle_masks(modifiers: list[Modifier]) -> list[Modifier]:
+    """A bias hides no key where its sum with the scores is capped, clamped or multiplied by a tensor afterwards."""
+    bends = [i for i, m in enumerate(modifiers) if isinstance(m, (Softcap, Clamp, ScaleBy))]
+    last = max(bends, default=-1)
+    return [replace(m, may_mask=False) if isinstance(m, Bias) and i < last else m for i, m in enumerate(modifiers)]
+
+
+def _dtype(node: Any) -> torch.dtype:
+    held = tensor(node)
+    assert held is not None
+    return held.dtype
+
+
+def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    """Whether a type has all numbers of another one."""
+    try:
+        return torch.promote_types(wide, narrow) == wide
+    except RuntimeError:  # float8 has no wider types, says PyTorch
+        return wide == narrow
 
 
 def _followed_by(modifiers: list[Modifier], modifier: Modifier) -> list[Modifier]:

@@ -14,10 +14,10 @@ Head `h` of the query reads head `h // (num_heads // num_kv_heads)` of key and v
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import lru_cache, reduce
-from typing import Any, Union
+from typing import Any, Literal, Union
 
 import sympy
 import torch
@@ -215,13 +215,15 @@ def _with_axis(index: Index, old: str = "", new: str = "") -> Index:
     return index.substitute(moved)
 
 
-def always(bounds: tuple[Size, Size] | None, relation: str) -> Predicate | None:
+def always(
+    bounds: tuple[Size, Size] | None, relation: str, at_most: Callable[[Size, Size], bool] = at_most
+) -> Predicate | None:
     """Whether a difference within these bounds is `relation` zero; None where that is not known or varies."""
     if bounds is None:
         return None
     low, high = bounds
     if relation == "ne":
-        known = always(bounds, "eq")
+        known = always(bounds, "eq", at_most)
         return None if known is None else ~known
     if relation == "eq":
         if at_most(1, low) or at_most(high, -1):
@@ -301,9 +303,7 @@ class Band(Predicate):
     upper: Size | None = None
 
     def __invert__(self) -> Predicate:
-        below = None if self.lower is None else Band(None, self.lower - 1)
-        above = None if self.upper is None else Band(self.upper + 1, None)
-        sides = [side for side in (below, above) if side is not None]
+        sides = _outside(self)
         return NO_KEY if not sides else sides[0] if len(sides) == 1 else Not(self)
 
     def within(self, q_len: Size, kv_len: Size) -> Predicate:
@@ -325,6 +325,13 @@ class Band(Predicate):
             return f"keys from query{_signed(self.lower)} on"
         window = f"sliding window {self.upper - self.lower + 1}"
         return f"causal, {window}" if self.upper == 0 else f"{window}, keys to query{_signed(self.upper)}"
+
+
+def _outside(band: Band) -> list[Band]:
+    """What lies below a band, and what lies above it."""
+    below = None if band.lower is None else Band(None, band.lower - 1)
+    above = None if band.upper is None else Band(band.upper + 1, None)
+    return [side for side in (below, above) if side is not None]
 
 
 @dataclass(frozen=True)
@@ -497,6 +504,71 @@ def _signed(offset: Size) -> str:
     return f"{offset:+d}" if isinstance(offset, int) else f" + {offset}"
 
 
+def every_row_sees_a_key(
+    keep: Predicate,
+    sizes: Mapping[str, Size],
+    at_query: Callable[[Values], Values] = lambda values: values,
+    at_most: Callable[[Size, Size], bool] = at_most,
+) -> bool:
+    """Whether it is known that each query sees at least one key, `sizes` being those of the axes.
+
+    It is known where one key serves as a witness for all queries: the first, the last, or the one at a fixed distance
+    from the query. `at_query` gives what values of a tensor, which vary over the keys, are at the query's own position.
+    """
+    keep = keep.within(sizes["query"], sizes["key"])
+    bands = [part for part in parts(keep) if isinstance(part, Band)]
+    distances = dict.fromkeys([0, *(side for band in bands for side in (band.lower, band.upper) if side is not None)])
+    query = Index(0, (("query", 1),))
+    witnesses = [Index(0), Index(sizes["key"] - 1)]
+    witnesses += [query + Index(n) for n in distances if at_most(0, n) and at_most(sizes["query"] + n, sizes["key"])]
+    return any(_sees(keep, key, sizes, at_query, at_most) for key in witnesses)
+
+
+def _sees(
+    keep: Predicate,
+    key: Index,
+    sizes: Mapping[str, Size],
+    at_query: Callable[[Values], Values],
+    at_most: Callable[[Size, Size], bool],
+) -> bool:
+    """Whether it is known that every query sees this key, a function of the query."""
+
+    def at_key(index: Index) -> Index:
+        total = Index(index.offset)
+        for term, coefficient in index.terms:
+            if term == "key":
+                total += key * coefficient
+            elif isinstance(term, Quotient):
+                total += Index(0, ((Quotient(at_key(term.of), term.divisor), coefficient),))
+            elif isinstance(term, Values) and key == Index(0, (("query", 1),)):
+                total += Index(0, ((at_query(term), coefficient),))
+            else:
+                total += Index(0, ((term, coefficient),))
+        return total
+
+    def always_holds(difference: Index, relation: str) -> bool:
+        return always(difference.bounds(lambda leaf: sizes.get(leaf)), relation, at_most) == EVERY_KEY
+
+    match keep:
+        case And(terms):
+            return all(_sees(term, key, sizes, at_query, at_most) for term in terms)
+        case Not(And(terms)):
+            return any(_sees(~term, key, sizes, at_query, at_most) for term in terms)
+        case Not(Band() as band):
+            return any(_sees(side, key, sizes, at_query, at_most) for side in _outside(band))
+        case Band(lower, upper):
+            distance = key + Index(0, (("query", -1),))
+            below = lower is None or always_holds(Index(lower) + -distance, "le")
+            return below and (upper is None or always_holds(distance + Index(-upper), "le"))
+        case Compare(left, right, relation):
+            difference = at_key(left) + -at_key(right)
+            wraps = any(left.values()) or any(right.values())  # sums with values of tensors may, unless they are equal
+            return (not wraps or difference == Index(0)) and always_holds(difference, relation)
+        case Always(value):
+            return value
+    return False  # what a tensor holds is not known
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Score modifiers
 
@@ -530,11 +602,13 @@ class ScaleBy:
 
 @dataclass(frozen=True)
 class Bias:
-    """`score + factor * tensor`; `axes` are those that the tensor varies over."""
+    """`score + factor * tensor`; `axes` are those that the tensor varies over. It `may_mask` where nothing is known of
+    its contents: a mask that a caller hands in."""
 
     tensor: Hashable
     factor: float = 1.0
     axes: tuple[str, ...] = AXES
+    may_mask: bool = False
 
     def __str__(self) -> str:
         return "bias"
@@ -542,15 +616,17 @@ class Bias:
 
 @dataclass(frozen=True)
 class Mask:
-    """Scores outside `keep` become minus infinity (or a number so low that its exponential is zero).
+    """Scores outside `keep` become so low that nobody attends (`attn_rewriter.hidden`).
 
     `tensor` is the mask as the model built it, `form` how to read it: "keep" and "drop" are boolean, true where a
-    key is attended to or not; "additive" is a float with 0 where it is and at most `MASKED` where it is not.
+    key is attended to or not; "additive" is a float with 0 where it is. `fills` are the numbers, one or more, that take
+    the place of hidden scores, or in the additive form are added to them.
     """
 
     tensor: Hashable
     keep: Predicate
     form: str
+    fills: tuple[float, ...] = (-math.inf,)
 
     def __str__(self) -> str:
         return str(self.keep)
@@ -579,8 +655,11 @@ class Clamp:
 
 Modifier = Union[Scale, ScaleBy, Bias, Mask, Softcap, Clamp]
 
-MASKED = -1e9
-"""An additive constant at or below this (in float16: at or below its lowest finite number) is read as a mask."""
+FullyMasked = Literal["impossible", "zeros", "nan", "mean", "mean, added", "by fill"]
+"""What a row of the output is in which every key is masked. "impossible": there is none. "zeros", "nan": these.
+"mean": the mean of all values, as eager code has it where a finite number took the place of the scores; the scores get
+no gradient. "mean, added": the same where the number was added to the scores, which get the gradient of equal weights.
+"by fill": the mean of the values of those keys whose fill is the highest."""
 
 
 @dataclass(frozen=True)
@@ -598,14 +677,14 @@ class AffineForm:
 @dataclass(frozen=True)
 class AttentionSpec:
     """What a site computes. `modifiers` apply to `query @ keyᵀ` from left to right, `gates` to the output; `sinks` is
-    the additional score of each row, a tensor's name or a number. With `zero_rows`, a row in which every key is masked
-    gives zeros; otherwise such rows are unspecified."""
+    the additional score of each row, a tensor's name or a number. `fully_masked_rows` says what rows are in which every
+    key is masked; with sinks, which then take all of the weight, these are zero by themselves."""
 
     modifiers: tuple[Modifier, ...] = ()
     dropout_p: float = 0.0
     sinks: str | float | None = None
     gates: tuple[ScaleBy, ...] = ()
-    zero_rows: bool = False
+    fully_masked_rows: FullyMasked = "impossible"
 
     @property
     def numeric(self) -> frozenset[str]:
@@ -697,13 +776,3 @@ class Shapes:
         heads = f"{self.num_heads}" + (f"/{self.num_kv_heads}" if self.is_gqa else "")
         dims = f"{self.head_dim}" + (f"/{self.head_dim_v}" if not same(self.head_dim, self.head_dim_v) else "")
         return f"{self.batch}×{heads}×{self.q_len}×{self.kv_len}×{dims} {str(self.dtype).removeprefix('torch.')}"
-
-
-def hidden_from(dtype: torch.dtype) -> float:
-    """The number at or below which what is added to a score of `dtype` means "do not attend" (see `MASKED`)."""
-    return max(MASKED, torch.finfo(dtype).min)
-
-
-def is_masking(value: float, dtype: torch.dtype) -> bool:
-    """Whether adding `value` to a score of `dtype` means "do not attend"."""
-    return value <= hidden_from(dtype) and not math.isnan(value)

@@ -33,12 +33,13 @@ from attn_rewriter.emit import Operands, arrange
 from attn_rewriter.errors import is_out_of_memory
 from attn_rewriter.find import find
 from attn_rewriter.graph import Facts, is_transparent, size, tensor
+from attn_rewriter.hidden import hidden_from
 from attn_rewriter.kernels.masking import bias_terms, keep_mask
 from attn_rewriter.patterns.axes import plan as steps
 from attn_rewriter.pipeline import Plan, Settings, graphs, plan
 from attn_rewriter.progress import working
 from attn_rewriter.sites import Check
-from attn_rewriter.spec import Bias, Mask, Size, hidden_from
+from attn_rewriter.spec import Bias, Mask, Size
 
 _LOOKS = 8
 """How often a site is compared at most, if it is off at first: over all of these, one that was wrong once still is."""

@@ -13,7 +13,7 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import Any, Union
+from typing import Any, NamedTuple, Union
 
 import sympy
 import torch
@@ -22,6 +22,7 @@ from torch.fx import Node
 from attn_rewriter.buffers import buffer_of
 from attn_rewriter.errors import Refused
 from attn_rewriter.graph import Call, Facts, shape, size, tensor
+from attn_rewriter.hidden import is_masking
 from attn_rewriter.patterns.axes import Atom, Dim, Dims, extent, leaves
 from attn_rewriter.spec import (
     EVERY_KEY,
@@ -37,7 +38,6 @@ from attn_rewriter.spec import (
     always,
     at_most,
     compared,
-    is_masking,
     same,
 )
 
@@ -122,13 +122,16 @@ class MaskReader:
             return TensorMask((node, dims), axes(dims))
         return self._held(keep, node, dims)
 
-    def additive(self, node: Node, dims: Dims, dtype: torch.dtype) -> Predicate | None:
-        """What a float tensor keeps, if it is everywhere zero or masking (`is_masking`)."""
+    def additive(self, node: Node, dims: Dims, dtype: torch.dtype) -> Additive | None:
+        """What a float tensor keeps and adds elsewhere, if it is everywhere zero or masking (`is_masking`)."""
+        fills: set[float] = set()
         try:
-            keep = _kept(self.read(self.facts, node, coordinates(dims), self.until), dtype)
+            keep = _kept(self.read(self.facts, node, coordinates(dims), self.until), dtype, fills)
         except (Unreadable, Refused):
             return None
-        return None if keep is None else self._held(keep, node, dims)
+        if keep is None:
+            return None
+        return Additive(self._held(keep, node, dims), tuple(sorted(fills)) or (-math.inf,))
 
     def _held(self, keep: Predicate, node: Node, dims: Dims) -> Predicate:
         """What `node` keeps, without tensors of the graphs around this one, which can't be operands here.
@@ -322,16 +325,26 @@ def _whole(at: tuple[Index, ...], sizes: tuple[Size, ...]) -> Dims | None:
     return tuple(dims) if len(atoms) == len(set(atoms)) else None
 
 
-def _kept(value: Value, dtype: torch.dtype) -> Predicate | None:
+class Additive(NamedTuple):
+    """Which keys a mask that is added keeps, and the numbers, one or more, that it adds to the scores of others."""
+
+    keep: Predicate
+    fills: tuple[float, ...]
+
+
+def _kept(value: Value, dtype: torch.dtype, fills: set[float]) -> Predicate | None:
+    """Where a value is zero, if it is masking elsewhere; the numbers that it is there go into `fills`."""
     if isinstance(value, Where):
-        then, otherwise = _kept(value.then, dtype), _kept(value.otherwise, dtype)
+        then, otherwise = _kept(value.then, dtype, fills), _kept(value.otherwise, dtype, fills)
         if then is None or otherwise is None:
             return None
         return (value.condition & then) | (~value.condition & otherwise)
     if isinstance(value, Index) and not value.terms and isinstance(value.offset, (int, float)):
         if value.offset == 0:
             return EVERY_KEY
-        return NO_KEY if is_masking(value.offset, dtype) else None
+        if is_masking(value.offset, dtype):
+            fills.add(float(value.offset))
+            return NO_KEY
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from attn_rewriter import AttentionSpec, Device
 from attn_rewriter.kernels import KERNELS
-from attn_rewriter.spec import Band, Bias, Clamp, Mask, Scale, ScaleBy, Shapes, Softcap, TensorMask
+from attn_rewriter.spec import Band, Bias, Clamp, FullyMasked, Mask, Scale, ScaleBy, Shapes, Softcap, TensorMask
 from tests.accuracy import assert_as_accurate
 from tests.running import double, joined, rewritten
 from tests.spellings import SPELLINGS, Spelling
@@ -114,6 +115,12 @@ CAPPED = {
 }
 
 
+for _forms in (FORMS, CAPPED):
+    for _name, _spec in _forms.items():
+        if {PADDING, QUERIES} & {*_spec.modifiers} and _spec.sinks is None:  # which may hide all keys
+            _forms[_name] = replace(_spec, fully_masked_rows="zeros")
+
+
 @pytest.mark.parametrize("at", [ONE, SEVERAL, WIDE], ids=str)
 @pytest.mark.parametrize("form", [*FORMS, *CAPPED])
 def test_forms(form: str, at: Shapes) -> None:
@@ -182,16 +189,35 @@ def test_an_additive_mask_that_hides_all_that_a_mask_keeps_is_added() -> None:
     draws = [drawn(WIDE, seed) for seed in range(DRAWS)]
     for tensors in draws:
         tensors["additive"] = torch.where(tensors["mask"], torch.finfo(torch.float32).min, 0.0)
-    check(AttentionSpec((SCALE, Bias("additive"), PADDING)), WIDE, draws)
+    check(AttentionSpec((SCALE, Bias("additive"), PADDING), fully_masked_rows="zeros"), WIDE, draws)
 
 
-@pytest.mark.parametrize("sinks", [None, "sinks"])
-@pytest.mark.parametrize("zero_rows", [False, True])
-def test_rows_without_a_key(zero_rows: bool, sinks: str | None) -> None:
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("form", ["drop", "keep"])
+@pytest.mark.parametrize("rows", ["zeros", "nan", "mean"])
+@pytest.mark.parametrize("by", ["sequence", "query"])
+def test_rows_without_a_key(by: str, rows: FullyMasked, form: str, bias: bool) -> None:
+    """They are what the model's own fill makes of them, beside others of the same sequence."""
+    draws = [drawn(SEVERAL, seed) for seed in range(DRAWS)]
+    for tensors in draws:
+        keep = tensors["mask"].expand(-1, 1, SEVERAL.q_len, -1).clone()
+        keep[..., 0] = True
+        keep[0, :, slice(None) if by == "sequence" else 1] = False
+        tensors["mask"] = keep if form == "keep" else ~keep
+    fill = -1e9 if rows == "mean" else -math.inf
+    mask = Mask("mask", TensorMask("mask", ("batch", "query", "key")), form, (fill,))
+    spec = AttentionSpec((SCALE, *([Bias("bias")] if bias else []), mask), fully_masked_rows=rows)
+    if rows == "nan":
+        output = KERNELS["decode"](spec, SEVERAL, SM_90, draws[0])
+        assert torch.equal(output.isnan(), (~keep.any(-1, keepdim=True)).expand_as(output))
+    else:
+        check(spec, SEVERAL, draws)
+
+
+def test_a_row_of_sinks_alone_is_zero() -> None:
     tensors = drawn(SEVERAL, 0)
     tensors["mask"][0] = False
-    spec = replace(FORMS["padding"], zero_rows=zero_rows, sinks=sinks)
-    output = KERNELS["decode"](spec, SEVERAL, SM_90, tensors)
+    output = KERNELS["decode"](FORMS["sinks, padding"], SEVERAL, SM_90, tensors)
     assert (output[0] == 0).all() and output.isfinite().all()
 
 

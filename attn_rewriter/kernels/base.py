@@ -11,7 +11,7 @@ import torch
 
 from attn_rewriter.context_parallel import ring
 from attn_rewriter.device import Device
-from attn_rewriter.spec import AttentionSpec, Shapes, Size
+from attn_rewriter.spec import AttentionSpec, Bias, Shapes, Size
 
 Tensors = Mapping[Any, torch.Tensor]
 """Tensors by name. A symbolic size is a key as well, its value the number that it is in this run."""
@@ -70,13 +70,15 @@ class Kernel:
     compute in `limits` and `refusals`, and computes it in `attend`, which is plain PyTorch: the emitter runs it on
     stand-ins to put its operations into the graph, the tests run it on tensors. So it must not look at the contents
     of tensors, and takes sizes and types from `shapes`. Optional packages are imported in `attend` alone.
-    One that attends to the keys of all processes within `context_parallel()` says `goes_round`.
+    One that attends to the keys of all processes within `context_parallel()` says `goes_round`. One that computes rows
+    without a key by what the model's masks add to the scores, be it a different number for each key, says `adds_fills`.
     """
 
     name: str
     limits: ClassVar[Limits] = Limits()
     needs_inductor: ClassVar[bool] = False
     goes_round: ClassVar[bool] = False
+    adds_fills: ClassVar[bool] = False
     falls_back: bool = False
 
     def with_fallback(self) -> Kernel:
@@ -92,7 +94,20 @@ class Kernel:
             reasons.append("sees no keys of other processes, as within context_parallel()")
         if shapes.is_gqa and not isinstance(shapes.num_groups, int):
             reasons.append("the number of heads that share a key is not known")
-        return reasons
+        return reasons + self._fully_masked(spec, shapes)
+
+    def _fully_masked(self, spec: AttentionSpec, shapes: Shapes) -> list[str]:
+        """Why it can't compute rows without a key as the model does."""
+        rows = spec.fully_masked_rows
+        if rows == "by fill" and (shapes.needs_backward or not self.adds_fills):
+            passes = "in training" if self.adds_fills else "with different numbers"
+            return [f"computes no rows that see no key where masks fill them {passes}"]
+        learned = any(isinstance(m, Bias) and m.tensor in shapes.learned for m in spec.modifiers)
+        bent = isinstance(spec.affine(), str)
+        if rows == "mean, added" and shapes.needs_backward and (learned or bent) and not self.adds_fills:
+            what = "biases" if learned else "scores that are capped"
+            return [f"gives no gradient to {what} from rows that see no key"]
+        return []
 
     def __call__(self, spec: AttentionSpec, shapes: Shapes, device: Device, tensors: Tensors) -> torch.Tensor:
         """The output, `[batch, num_heads, q_len, head_dim_v]` in `shapes.dtype` or `shapes.product_dtype`.

@@ -103,5 +103,9 @@ class Decode(Kernel):
         masks = [modifier for modifier in spec.modifiers if isinstance(modifier, Mask)]
         biases = bias_terms(form.biases, tensors)
         sinks = None if spec.sinks is None else sink_scores(spec.sinks, tensors)
-        keep, numbers = keep_mask(masks, shapes, tensors), (form.scale, form.softcap, form.factor)
+        keep = keep_mask(masks, shapes, tensors)
+        if keep is not None and spec.fully_masked_rows in ("mean", "mean, added"):
+            keep = torch.where(keep.any(-1, keepdim=True), keep.to(torch.uint8), split_keys.EQUAL)
+        empty = 0.0 if spec.fully_masked_rows == "zeros" else float("nan")
+        numbers = form.scale, form.softcap, form.factor, empty
         return split_keys.decode(query, key, value, keep, biases, sinks, *numbers, split_keys.CODE)

@@ -28,8 +28,10 @@ from torch.torch_version import TorchVersion
 
 from attn_rewriter.device import Device, made_current
 from attn_rewriter.errors import is_out_of_memory
+from attn_rewriter.hidden import hidden_from
 from attn_rewriter.kernels.base import FUSED_HEAD_DIM, Kernel, Limits, Tensors
 from attn_rewriter.kernels.blocks import mask_names
+from attn_rewriter.kernels.fully_masked import completed, may_mask
 from attn_rewriter.kernels.masking import bias_terms, scaled_query, sink_scores
 from attn_rewriter.packages import unimportable, version
 from attn_rewriter.spec import (
@@ -45,7 +47,6 @@ from attn_rewriter.spec import (
     Size,
     Softcap,
     at_most,
-    hidden_from,
     parsed,
     same,
 )
@@ -169,6 +170,8 @@ class Flash(Kernel):
             reasons += self.no_mask(form, shapes, device)
             if not reasons and next(form.mask.sizes(), None) is not None:
                 reasons.append("takes masks whose lengths and offsets are known")
+        if may_mask(spec):
+            reasons.append("may be given a bias that hides all keys of a row, which it would make zeros of")
         if spec.dropout_p and not self.has_dropout:
             reasons.append("has no dropout")
         if isinstance(shapes.head_dim, int) and shapes.head_dim % 8:
@@ -239,7 +242,8 @@ def attend(
     options = (*names, *numbers, repr(form.mask), falls_back)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     attention = flash_attention_with_dropout if spec.dropout_p else flash_attention
-    return attention(query, key, value, sinks, parts, masks, biases, *options)[0].transpose(1, 2)
+    output = attention(query, key, value, sinks, parts, masks, biases, *options)[0].transpose(1, 2)
+    return completed(output, query.transpose(1, 2), scale, spec, shapes, tensors)
 
 
 def _narrow(shapes: Shapes, form: FlashForm | str) -> Shapes:

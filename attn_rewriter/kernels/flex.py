@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import ChainMap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -25,16 +26,20 @@ from torch.nn.attention.flex_attention import BlockMask
 from attn_rewriter.device import Device
 from attn_rewriter.kernels.base import FUSED_HEAD_DIM, Kernel, Limits, Tensors
 from attn_rewriter.kernels.blocks import BLOCK, AsNode, block_mask, in_memory, mask_names, perhaps_masks
+from attn_rewriter.kernels.fully_masked import completed, fully_masked_rows, levels, may_mask
 from attn_rewriter.kernels.masking import element, holds, modified
 from attn_rewriter.spec import (
+    AXES,
     EVERY_KEY,
     AttentionSpec,
+    Bias,
     Mask,
     Modifier,
     Predicate,
     Scale,
     ScaleBy,
     Shapes,
+    TensorMask,
 )
 
 _MIN_HEAD_DIM = {"cuda": 16, "cpu": 24}
@@ -49,6 +54,7 @@ class Flex(Kernel):
 
     name = "flex"
     needs_inductor = True
+    adds_fills = True
     limits = Limits(
         platforms=frozenset({"cpu", "cuda", "rocm", "xpu"}),
         min_capability=(8, 0),
@@ -81,7 +87,8 @@ class Flex(Kernel):
         dtype = shapes.product_dtype or shapes.dtype
         if dtype != shapes.dtype:  # biases are added in float32 whatever their type, as MPT's in float32
             query, key, value = (x.to(dtype) for x in (query, key, value))
-        scale, modifiers = 1.0, [m for m in spec.modifiers if not isinstance(m, Mask)]
+        scale = 1.0
+        modifiers: list[Any] = [m for m in spec.modifiers if not isinstance(m, Mask)]
         while modifiers and (first := modifiers[0]):  # what is linear in the query goes there
             if isinstance(first, Scale):
                 scale *= first.factor
@@ -91,6 +98,20 @@ class Flex(Kernel):
                 break
             modifiers.pop(0)
         keep = spec.keep.within(shapes.q_len, shapes.kv_len)
+        varies = keep.varies_over()
+        made: dict[Any, Any] = {}  # tensors that take part beside the model's own
+        if may_mask(spec) or spec.fully_masked_rows == "by fill":
+            made["levels"], made["rows"] = levels(spec, shapes, tensors, biases=False)
+            masking = [m for m in modifiers if isinstance(m, Bias) and m.may_mask]
+            varies |= {axis for bias in masking for axis in bias.axes}
+            added = Bias("levels", axes=tuple(axis for axis in AXES if axis in varies))
+            modifiers = [*(m for m in modifiers if m not in masking), _Emptied("rows", shapes.needs_backward), added]
+        elif self._shows_rows(spec, shapes):
+            made["rows"] = fully_masked_rows(keep, shapes, tensors)
+            modifiers.append(_Emptied("rows", spec.fully_masked_rows == "mean, added"))
+        if made and keep != EVERY_KEY:
+            keep |= TensorMask("rows", tuple(axis for axis in AXES if axis in varies - {"key"}))
+        tensors = ChainMap(made, tensors)  # type: ignore[arg-type]
         masks = tuple(tensors[name] for name in mask_names(keep))
         hiding = [*perhaps_masks(modifiers)]
         blocks = block_mask(keep, shapes, tensors, hiding) if hiding or keep != EVERY_KEY else None
@@ -105,6 +126,7 @@ class Flex(Kernel):
             dtype != torch.float32,
         )
         least = _MIN_HEAD_DIM.get(device.type, 0)
+        scored = query
         small = min(shapes.head_dim, shapes.head_dim_v) < least
         if small:
             query, key, value = (F.pad(x, (0, least)) for x in (query, key, value))
@@ -117,7 +139,21 @@ class Flex(Kernel):
             sinks = tensors[spec.sinks].squeeze(-1) if isinstance(spec.sinks, str) else spec.sinks
             share = torch.sigmoid(logsumexp * math.log(2) - sinks)  # of the keys in the weight
             output = (output * share.unsqueeze(-1)).to(dtype)
-        return output
+        if made:
+            return output
+        return completed(output, scored, scale, spec, shapes, tensors)
+
+    @staticmethod
+    def _shows_rows(spec: AttentionSpec, shapes: Shapes) -> bool:
+        """Whether rows without a key are computed here as any other, all keys shown and all scores the same: where they
+        come by whole sequences, as those that are nothing but padding, or want a gradient that nothing else gives.
+        Otherwise that would take longer than to leave them out."""
+        if spec.fully_masked_rows not in ("mean", "mean, added"):
+            return False
+        learned = any(isinstance(m, Bias) and m.tensor in shapes.learned for m in spec.modifiers)
+        bent = isinstance(spec.affine(), str) or learned
+        through = spec.fully_masked_rows == "mean, added" and shapes.needs_backward
+        return "query" not in spec.keep.within(shapes.q_len, shapes.kv_len).varies_over() or (through and bent)
 
 
 def _tuned(query: torch.Tensor, value: torch.Tensor, captured: Sequence[Any]) -> dict[str, Any]:
@@ -148,11 +184,22 @@ def _is_tile(x: Any) -> bool:
 _LARGE_SHARED_MEMORY = {(8, 0), (9, 0), (10, 0), (10, 3)}
 
 
-def _names(modifier: Modifier) -> list[str]:
+@dataclass(frozen=True)
+class _Emptied:
+    """Scores of rows without a key, by the name of a tensor that says which these are: they are zero, but with the
+    gradient of what they were where they go `through`."""
+
+    rows: str
+    through: bool
+
+    def apply(self, score: Any, tensors: Any) -> Any:
+        return torch.where(tensors[self.rows], score - score.detach() if self.through else 0.0, score)
+
+
+def _names(modifier: Modifier | _Emptied) -> list[str]:
     """The tensors that a modifier reads."""
-    return [
-        str(getattr(modifier, field)) for field in ("tensor", "factor") if isinstance(getattr(modifier, field, 0), str)
-    ]
+    fields = (getattr(modifier, field, 0) for field in ("tensor", "factor", "rows"))
+    return [field for field in fields if isinstance(field, str)]
 
 
 class _RowMajor(torch.autograd.Function):
@@ -180,7 +227,7 @@ class _Attend(AsNode):
 
     keep: Predicate
     mask_names: tuple[Any, ...]
-    modifiers: tuple[Modifier, ...]
+    modifiers: tuple[Modifier | _Emptied, ...]
     names: tuple[str, ...]
     scale: float
     logsumexp: bool
@@ -247,5 +294,8 @@ class _Attend(AsNode):
             name: element(held, (b, h, q, k), (n != 1 for n in held.shape)) for name, held in zip(self.names, captured)
         }
         for modifier in self.modifiers:
-            score = modified(score, modifier, tensors, fast=self.half)
+            if isinstance(modifier, _Emptied):
+                score = modifier.apply(score, tensors)
+            else:
+                score = modified(score, modifier, tensors, fast=self.half)
         return score

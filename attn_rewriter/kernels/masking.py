@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from attn_rewriter.hidden import hidden_from
 from attn_rewriter.kernels.base import Tensors, number
 from attn_rewriter.spec import (
     EVERY_KEY,
@@ -33,7 +34,6 @@ from attn_rewriter.spec import (
     Softcap,
     TensorMask,
     Values,
-    hidden_from,
 )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -12,9 +14,10 @@ from attn_rewriter.spec import AttentionSpec, Mask, Shapes
 
 
 class Reference(Kernel):
-    """Plain PyTorch in the operands' own type. A row in which every key is masked gives zeros."""
+    """Plain PyTorch in the operands' own type, with what the model itself fills hidden scores with."""
 
     name = "reference"
+    adds_fills = True
 
     def attend(self, spec: AttentionSpec, shapes: Shapes, device: Device, tensors: Tensors) -> torch.Tensor:
         query, key, value = tensors["query"], tensors["key"], tensors["value"]
@@ -22,16 +25,28 @@ class Reference(Kernel):
             key = key.repeat_interleave(shapes.num_groups, dim=1)
             value = value.repeat_interleave(shapes.num_groups, dim=1)
         scores = query @ key.transpose(-2, -1)
+        hidden = None
         for modifier in spec.modifiers:
-            if isinstance(modifier, Mask):
-                scores = scores.masked_fill(~keep(modifier, tensors), float("-inf"))
-            else:
+            if not isinstance(modifier, Mask):
                 scores = modified(scores, modifier, tensors)
+                continue
+            hides = ~keep(modifier, tensors)
+            hidden = hides if hidden is None else hidden | hides
+            if modifier.form == "additive":
+                scores = scores + tensors[str(modifier.tensor)]
+            else:
+                lowest = torch.finfo(scores.dtype).min  # the model's scores may be of a wider type
+                fill = modifier.fills[0]
+                scores = scores.masked_fill(hides, fill if math.isinf(fill) else max(fill, lowest))
+        zeros = spec.fully_masked_rows == "zeros"
+        if zeros and hidden is not None:  # zeros in their place, so that no gradient is made of what is no number
+            scores = scores.masked_fill(hidden.all(-1, keepdim=True), 0.0)
         if spec.sinks is not None:
             sinks = tensors[spec.sinks] if isinstance(spec.sinks, str) else scores.new_full((), spec.sinks)
             scores = torch.cat([scores, sinks.expand_as(scores[..., :1])], dim=-1)
         weights = torch.softmax(scores, dim=-1)
-        weights = torch.where(weights == weights, weights, 0.0)
+        if zeros:
+            weights = weights.nan_to_num(0.0) if hidden is None else weights.masked_fill(hidden, 0.0)
         if spec.sinks is not None:
             weights = weights[..., :-1]
-        return F.dropout(weights, spec.dropout_p) @ value
+        return F.dropout(weights, spec.dropout_p).to(value.dtype) @ value

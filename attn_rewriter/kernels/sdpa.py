@@ -17,6 +17,7 @@ from attn_rewriter.context_parallel import ring, scaled_dot_product_attention
 from attn_rewriter.device import Device
 from attn_rewriter.kernels.base import Kernel, Limits, Tensors
 from attn_rewriter.kernels.blocks import AsNode
+from attn_rewriter.kernels.fully_masked import gradient_of_equal_weights, levels, may_mask
 from attn_rewriter.kernels.masking import keep_mask, scaled_query, sink_scores, summed_bias
 from attn_rewriter.spec import AttentionSpec, Band, Bias, Shapes, same
 
@@ -33,6 +34,7 @@ class SDPA(Kernel):
     name = "sdpa"
     limits = Limits(max_blocks=2**16 - 1)  # pytorch#142228
     goes_round = True
+    adds_fills = True
 
     def refusals(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> list[str]:
         form = spec.affine()
@@ -77,11 +79,16 @@ class SDPA(Kernel):
         plain = bias is None and spec.sinks is None
         is_causal = plain and form.keep.within(shapes.q_len, shapes.kv_len) == Band(None, 0)
         attn_mask, keep = bias, None if is_causal else keep_mask(form.masks, shapes, tensors)
-        if keep is not None:
-            # A finite number, so that a row in which every key is masked stays finite; half of the lowest, because
-            # kernels multiply by log2(e) before they exponentiate.
-            low = torch.finfo(shapes.dtype).min / 2
-            attn_mask = keep if plain else torch.where(keep, key.new_zeros(()) if bias is None else bias, low)
+        rows: Any = None
+        if spec.fully_masked_rows == "by fill" or may_mask(spec):
+            attn_mask, rows = levels(spec, shapes, tensors)
+        elif keep is not None:
+            if spec.fully_masked_rows in ("mean", "mean, added"):
+                rows = ~keep.any(-1, keepdim=True)
+            attn_mask = self._mask(keep, rows, bias, spec, shapes)
+        if rows is not None:  # with a query of zeros, and all keys shown, all weights are equal
+            gradient = self._gradient_of_rows(query, form.scale, attn_mask, rows, spec, shapes, tensors)
+            query = torch.where(rows, query.new_zeros(()), query)
         varies = {axis for m in spec.modifiers if isinstance(m, Bias) for axis in m.axes} | spec.keep.varies_over()
         if attn_mask is not None and "key" not in varies and (device.type == "cuda" or spec.sinks is not None):
             # On CUDA, memory-efficient attention raises where a mask has a stride of 0 along the keys (2.11).
@@ -110,11 +117,42 @@ class SDPA(Kernel):
             output = AroundTheRing(**options)(query, key, value)
         else:
             output = scaled_dot_product_attention(query, key, value, **options)
-        if spec.zero_rows and keep is not None:
-            output = torch.where(keep.any(-1, keepdim=True), output, 0.0)
+        if rows is not None and gradient is not None:
+            output = output + gradient.to(output.dtype)
+        if spec.fully_masked_rows == "nan" and keep is not None and not may_mask(spec):
+            output = torch.where(keep.any(-1, keepdim=True), output, float("nan"))
         if shapes.needs_backward and self._may_be_cudnn(shapes, device):
             output = _with_one_layout_of_gradients(output, shapes)
         return output
+
+    @staticmethod
+    def _mask(keep: Any, rows: Any, bias: Any, spec: AttentionSpec, shapes: Shapes) -> Any:
+        """The mask for PyTorch's function, in which `rows` see all keys, the scores of all being the same."""
+        if bias is None and spec.sinks is None:
+            return keep if rows is None else keep | rows
+        # PyTorch's softmax makes zeros of rows of minus infinities. Where there must be something else, half of the
+        # lowest number keeps them finite, as kernels multiply by log2(e).
+        lowest = float("-inf") if spec.fully_masked_rows == "zeros" else torch.finfo(shapes.dtype).min / 2
+        low = torch.full((), lowest, dtype=shapes.dtype, device=keep.device)
+        zero = torch.zeros((), dtype=shapes.dtype, device=keep.device)
+        if rows is not None:
+            # What was added to scores that a fill swallows still gets a gradient.
+            through = bias is not None and spec.fully_masked_rows == "mean, added" and shapes.learned
+            low = torch.where(rows, bias - bias.detach() if through else zero, low)
+        return torch.where(keep, zero if bias is None else bias, low)
+
+    @staticmethod
+    def _gradient_of_rows(
+        query: Any, scale: float, attn_mask: Any, rows: Any, spec: AttentionSpec, shapes: Shapes, tensors: Tensors
+    ) -> Any:
+        """What gives query and key the gradients of rows without a key, where eager code has such; zero otherwise."""
+        if not shapes.needs_backward or spec.fully_masked_rows == "mean":
+            return None
+        alike = rows
+        if may_mask(spec):  # rows of unequal weights give keys no gradient
+            alike = rows & (attn_mask == 0).all(-1, keepdim=True)
+        gradient = gradient_of_equal_weights(query, scale, shapes, tensors)
+        return torch.where(alike, gradient, gradient.new_zeros(()))
 
     @staticmethod
     def _takes_gqa(shapes: Shapes, device: Device, masked: bool) -> bool:

@@ -13,6 +13,7 @@ This module imports Triton, and is imported where the kernel runs. With `TRITON_
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from functools import lru_cache, reduce
 from operator import add
@@ -34,6 +35,9 @@ _MIN_TILE, _MAX_BLOCK, _MAX_ROWS = 16, 128, 64  # 16 is the least that a matrix 
 _MAX_SPLITS = 64
 _PROGRAMS = 4  # at most for each processor, which runs as many at once: to hide the latency of memory
 _WARPS, _STAGES = 4, 3
+
+EQUAL = 2
+"""What `keep` holds, in bytes, in a row without a key whose scores all count as zero: its weights are equal."""
 
 
 @triton.jit
@@ -151,8 +155,9 @@ def attend_to_splits(
             added = tl.load(bias + k[None, :] * bias_k, mask=inside[None, :] & bias_real, other=0.0)
             score += added.to(tl.float32)
         if KEEP_ROWS:
-            kept = tl.load(keep + k[None, :] * keep_k, mask=inside[None, :] & keep_real, other=0) != 0
-            score = tl.where(kept, score, float("-inf"))
+            kept = tl.load(keep + k[None, :] * keep_k, mask=inside[None, :] & keep_real, other=0).to(tl.int32)
+            score = tl.where(kept == 2, 0.0, score)  # EQUAL
+            score = tl.where(kept != 0, score, float("-inf"))
         else:
             score = tl.where(inside[None, :], score, float("-inf"))
         higher = tl.maximum(high, tl.max(score, 1))
@@ -192,9 +197,10 @@ def join_splits(
     D_V: tl.constexpr,
     SPLITS: tl.constexpr,
     SINKS: tl.constexpr,
+    NAN: tl.constexpr,
 ):
-    """One row of the output, `[batch, num_heads, q_len, head_dim_v]`: zeros where there is no key. (`SPLITS` is the
-    most that `splits` can be.)"""
+    """One row of the output, `[batch, num_heads, q_len, head_dim_v]`: where there is no key, zeros, or `NAN`. (`SPLITS`
+    is the most that `splits` can be.)"""
     row = tl.program_id(0).to(tl.int64)
     split, d_v = tl.arange(0, SPLITS), tl.arange(0, D_V)
     at = row * splits + split
@@ -217,6 +223,8 @@ def join_splits(
     if SINKS:
         whole += tl.exp(sink - highest)
     result = tl.sum(summed * share[:, None], 0) / tl.where(whole == 0, 1.0, whole)
+    if NAN:
+        result = tl.where(whole == 0, float("nan"), result)
     tl.store(output + row * HEAD_DIM_V + d_v, result.to(output.dtype.element_ty), mask=d_v < HEAD_DIM_V)
 
 
@@ -231,6 +239,7 @@ def _decode(
     scale: float,
     softcap: float,
     factor: float,
+    empty: float,
     code: str,
 ) -> Tensor:
     batch, num_heads, q_len, head_dim = query.shape
@@ -241,7 +250,8 @@ def _decode(
     rows = min(most_rows, max(_MIN_TILE, triton.next_power_of_2(group * q_len)))
     for added in biases:
         if added.size(1) == 1 and added.size(-1) == kv_len:  # what varies over the heads, or no keys, is no mask
-            keep = without_hidden(added, keep)
+            shown = without_hidden(added, None if keep is None else keep != 0)
+            keep = shown if keep is None or keep.dtype == torch.bool else torch.where(shown | (keep == EQUAL), keep, 0)
     keep = None if keep is None else keep.expand(-1, -1, -1, kv_len)
     bias = reduce(add, biases) if biases else None
     blocks, counts = (query, query) if keep is None else active_blocks(keep, block, num_kv_heads)
@@ -304,6 +314,7 @@ def _decode(
             D_V=d_v,
             SPLITS=_MAX_SPLITS,
             SINKS=sinks is not None,
+            NAN=math.isnan(empty),
             num_warps=_WARPS,
         )
     return output
@@ -316,9 +327,10 @@ def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
 
 decode = torch.ops.attn_rewriter.decode.default
 """Query `[batch, num_heads, q_len, head_dim]`, key and value `[batch, num_kv_heads, kv_len, head_dim or head_dim_v]`,
-keep (boolean), each of the biases and sinks that broadcast to the scores, the sinks' last dimension being 1, to the
-output, `[batch, num_heads, q_len, head_dim_v]`: of scores that are multiplied by `scale`, capped where `softcap` is not
-zero, multiplied by `factor`, and biased. `code` is `CODE`."""
+keep (boolean, or bytes with rows of `EQUAL`), each of the biases and sinks that broadcast to the scores, the sinks'
+last dimension being 1, to the output, `[batch, num_heads, q_len, head_dim_v]`: of scores that are multiplied by
+`scale`, capped where `softcap` is not zero, multiplied by `factor`, and biased. A row without a key is `empty`, zero or
+nan. `code` is `CODE`."""
 
 CODE = hashlib.sha256(b"".join(Path(file).read_bytes() for file in (__file__, masking.__file__))).hexdigest()[:16]
 """Of what PyTorch looks into, but does not count among what its caches depend on: another version must miss them."""
@@ -344,7 +356,7 @@ def _processors(device: torch.device) -> int:
 def active_blocks(keep: Tensor, block: int, num_kv_heads: int) -> tuple[Tensor, Tensor]:
     """The blocks in which any row keeps a key, before all others, `[batch, num_kv_heads, blocks]`, and how many these
     are, `[batch, num_kv_heads]`; dimensions over which `keep` does not vary have one element."""
-    kept = keep.any(2)
+    kept = (keep != 0).any(2)
     if keep.size(1) != 1:
         kept = kept.unflatten(1, (num_kv_heads, -1)).any(2)
     kept = any_in_blocks(kept, block)
