@@ -521,8 +521,8 @@ class _Reading:
         return "hidden" if conjunction((kept, before)) == kept else "some"
 
     def _meaning(self, node: Node, dims: Dims) -> str:
-        """The same for two tensors with the same elements, such as `mask == 0` where it is computed twice. A tensor that
-        something writes into is told apart by how often that happened before it was read."""
+        """The same for two tensors with the same elements, such as `mask == 0` where it is computed twice. A tensor
+        that something writes into is told apart by how often that happened before it was read."""
         known: dict[tuple[Node, int], str] = {}
 
         def spelled(node: Node, reader: Node) -> str:
@@ -574,16 +574,18 @@ class _Reading:
             added = self.reader.additive(origin.node, origin.dims, dtype) if step.factor == 1 else None
             if added is not None:
                 return self._mask(name, added.keep, "additive", origin, added.fills)
-            return Bias(name, step.factor, axes(origin.dims), self._may_mask(origin.node))
+            return Bias(name, step.factor, axes(origin.dims), self._may_mask(origin))
         return ScaleBy(name, step.inverse, any(atom.axis == "key" for atom in origin.atoms))
 
     def _mask(self, name: str, kept: Predicate, form: str, origin: State, fills: tuple[float, ...]) -> Mask:
         self.kept.append(kept)
         return Mask(name, self._named(kept, name, origin), form, fills)
 
-    def _may_mask(self, bias: Node) -> bool:
-        """Whether a bias that can't be read may hide keys: one that no parameter had a part in."""
-        seen, stack = set[Node](), [bias]
+    def _may_mask(self, bias: State) -> bool:
+        """Whether a bias that can't be read may hide all keys of a row: one that no parameter had a part in, and that
+        is the same for all heads, as masks are, unless it is handed in as it is."""
+        varies = axes(bias.dims)
+        seen, stack = set[Node](), [bias.node]
         while stack:
             node = stack.pop()
             held = tensor(node)
@@ -591,7 +593,8 @@ class _Reading:
                 return False
             seen.add(node)
             stack += [x for x in node.all_input_nodes if x not in seen]
-        return True
+        given = bias.node.op == "placeholder" and not {"batch", "query"}.isdisjoint(varies)
+        return "key" in varies and ("head" not in varies or given)
 
     def _check_shift(self, step: Shift, dims: Dims) -> None:
         """What is taken off the scores must be the same for all keys of a row."""

@@ -77,7 +77,18 @@ def _attention(
     is_causal = args["is_causal"] and key_padding_mask is None and not args["need_weights"]
     mask = None if is_causal else _mask(args, attn_mask, key_padding_mask, splice.value(query).dtype)
     dropout_p = args["dropout_p"] if args["training"] else 0.0
-    output = scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal)
+    if args["need_weights"] and mask is not None:
+        # Then PyTorch has a softmax of its own between two products, of which a row without a key is not a number.
+        head_dim = splice.value(query).size(-1)
+        scores = (query * head_dim**-0.5) @ key.transpose(-2, -1)
+        is_bool = splice.value(mask).dtype == torch.bool
+        scores = scores.masked_fill(~mask, float("-inf")) if is_bool else scores + mask
+        weights = torch.softmax(scores, dim=-1)
+        output = (F.dropout(weights, dropout_p) if dropout_p else weights) @ value
+    else:
+        output = scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal
+        )
     merged = output.permute(2, 0, 1, 3).flatten(2)
     return F.linear(merged if batched else merged.squeeze(1), args["out_proj_weight"], args["out_proj_bias"])
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import wraps
 from importlib import metadata, util
+from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -437,6 +438,7 @@ def raising(
 
 def _module(name: str, functions: dict[str, Any]) -> dict[str, ModuleType]:
     module = ModuleType(name)
+    module.__spec__ = ModuleSpec(name, None)  # which Inductor looks at, to know whether there is CUTLASS
     module.__dict__.update(functions)
     return {name: module}
 

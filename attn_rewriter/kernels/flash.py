@@ -31,7 +31,7 @@ from attn_rewriter.errors import is_out_of_memory
 from attn_rewriter.hidden import hidden_from
 from attn_rewriter.kernels.base import FUSED_HEAD_DIM, Kernel, Limits, Tensors
 from attn_rewriter.kernels.blocks import mask_names
-from attn_rewriter.kernels.fully_masked import completed, may_mask
+from attn_rewriter.kernels.fully_masked import completed, gradient_of_lifted, levels, may_mask
 from attn_rewriter.kernels.masking import bias_terms, scaled_query, sink_scores
 from attn_rewriter.packages import unimportable, version
 from attn_rewriter.spec import (
@@ -170,8 +170,8 @@ class Flash(Kernel):
             reasons += self.no_mask(form, shapes, device)
             if not reasons and next(form.mask.sizes(), None) is not None:
                 reasons.append("takes masks whose lengths and offsets are known")
-        if may_mask(spec):
-            reasons.append("may be given a bias that hides all keys of a row, which it would make zeros of")
+        if may_mask(spec) and spec.keep != EVERY_KEY:
+            reasons.append("takes no mask beside a bias that may be one, too")
         if spec.dropout_p and not self.has_dropout:
             reasons.append("has no dropout")
         if isinstance(shapes.head_dim, int) and shapes.head_dim % 8:
@@ -236,6 +236,13 @@ def attend(
     # score is rounded after it was multiplied by log2(e), the product that it is subtracted from is not.
     lowest = hidden_from(shapes.dtype)
     terms = bias_terms(((str(bias.tensor), bias.factor) for bias in form.biases), tensors)
+    gradient: Tensor | None = None
+    if may_mask(spec):
+        lifted, rows = levels(spec, shapes, tensors)
+        terms = [lifted]
+        if shapes.needs_backward:
+            gradient = gradient_of_lifted(lifted, rows, query, scale, shapes, tensors)
+        query = torch.where(rows, query.new_zeros(()), query)
     biases = [bias.masked_fill(bias <= lowest, float("-inf")) for bias in terms]
     window = (-1 if side is None else side for side in (form.left, form.right))
     names, numbers = (forward.name, backward.name), (scale, form.softcap, *window, spec.dropout_p)
@@ -243,7 +250,8 @@ def attend(
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     attention = flash_attention_with_dropout if spec.dropout_p else flash_attention
     output = attention(query, key, value, sinks, parts, masks, biases, *options)[0].transpose(1, 2)
-    return completed(output, query.transpose(1, 2), scale, spec, shapes, tensors)
+    output = completed(output, query.transpose(1, 2), scale, spec, shapes, tensors)
+    return output if gradient is None else output + gradient
 
 
 def _narrow(shapes: Shapes, form: FlashForm | str) -> Shapes:

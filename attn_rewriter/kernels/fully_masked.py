@@ -96,9 +96,9 @@ def completed(
     rows = fully_masked_rows(spec.keep.within(shapes.q_len, shapes.kv_len), shapes, tensors)
     if spec.fully_masked_rows == "nan":
         return torch.where(rows, float("nan"), output)
-    value = mean_of_values(spec, shapes, tensors).to(output.dtype)
+    value = mean_of_values(spec, shapes, tensors)
     if spec.fully_masked_rows == "mean, added" and shapes.needs_backward:
-        value = value + gradient_of_equal_weights(query, scale, shapes, tensors).to(output.dtype)
+        value = value + gradient_of_equal_weights(query, scale, shapes, tensors)
     return torch.where(rows, value, output)
 
 
@@ -156,3 +156,12 @@ def levels(spec: AttentionSpec, shapes: Shapes, tensors: Tensors, biases: bool =
 def may_mask(spec: AttentionSpec) -> bool:
     """Whether a bias may hide all keys of a row."""
     return spec.sinks is None and any(isinstance(m, Bias) and m.may_mask for m in spec.modifiers)
+
+
+def gradient_of_lifted(
+    lifted: Tensor, rows: Tensor, query: Tensor, scale: float, shapes: Shapes, tensors: Tensors
+) -> Tensor:
+    """Zeros, with the gradients that rows which `levels` has lifted give to query and key where all their weights are
+    equal. Where they are not, keys get none."""
+    gradient = gradient_of_equal_weights(query, scale, shapes, tensors)
+    return torch.where(rows & (lifted == 0).all(-1, keepdim=True), gradient, gradient.new_zeros(()))

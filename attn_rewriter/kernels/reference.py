@@ -35,7 +35,7 @@ class Reference(Kernel):
             if modifier.form == "additive":
                 scores = scores + tensors[str(modifier.tensor)]
             else:
-                lowest = torch.finfo(scores.dtype).min  # the model's scores may be of a wider type
+                lowest = torch.finfo(shapes.dtype).min  # the model's scores may be of a wider type
                 fill = modifier.fills[0]
                 scores = scores.masked_fill(hides, fill if math.isinf(fill) else max(fill, lowest))
         zeros = spec.fully_masked_rows == "zeros"
@@ -49,4 +49,4 @@ class Reference(Kernel):
             weights = weights.nan_to_num(0.0) if hidden is None else weights.masked_fill(hidden, 0.0)
         if spec.sinks is not None:
             weights = weights[..., :-1]
-        return F.dropout(weights, spec.dropout_p).to(value.dtype) @ value
+        return F.dropout(weights, spec.dropout_p).to(shapes.dtype) @ value

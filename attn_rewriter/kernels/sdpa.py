@@ -17,7 +17,7 @@ from attn_rewriter.context_parallel import ring, scaled_dot_product_attention
 from attn_rewriter.device import Device
 from attn_rewriter.kernels.base import Kernel, Limits, Tensors
 from attn_rewriter.kernels.blocks import AsNode
-from attn_rewriter.kernels.fully_masked import gradient_of_equal_weights, levels, may_mask
+from attn_rewriter.kernels.fully_masked import gradient_of_equal_weights, gradient_of_lifted, levels, may_mask
 from attn_rewriter.kernels.masking import keep_mask, scaled_query, sink_scores, summed_bias
 from attn_rewriter.spec import AttentionSpec, Band, Bias, Shapes, same
 
@@ -78,7 +78,8 @@ class SDPA(Kernel):
         bias = summed_bias(form, tensors)
         plain = bias is None and spec.sinks is None
         is_causal = plain and form.keep.within(shapes.q_len, shapes.kv_len) == Band(None, 0)
-        attn_mask, keep = bias, None if is_causal else keep_mask(form.masks, shapes, tensors)
+        attn_mask: Any = bias
+        keep = None if is_causal else keep_mask(form.masks, shapes, tensors)
         rows: Any = None
         if spec.fully_masked_rows == "by fill" or may_mask(spec):
             attn_mask, rows = levels(spec, shapes, tensors)
@@ -86,8 +87,13 @@ class SDPA(Kernel):
             if spec.fully_masked_rows in ("mean", "mean, added"):
                 rows = ~keep.any(-1, keepdim=True)
             attn_mask = self._mask(keep, rows, bias, spec, shapes)
+        gradient: Any = None
         if rows is not None:  # with a query of zeros, and all keys shown, all weights are equal
-            gradient = self._gradient_of_rows(query, form.scale, attn_mask, rows, spec, shapes, tensors)
+            if shapes.needs_backward and may_mask(spec):
+                gradient = gradient_of_lifted(attn_mask, rows, query, form.scale, shapes, tensors)
+            elif shapes.needs_backward and spec.fully_masked_rows == "mean, added":
+                gradient = gradient_of_equal_weights(query, form.scale, shapes, tensors)
+                gradient = torch.where(rows, gradient, gradient.new_zeros(()))
             query = torch.where(rows, query.new_zeros(()), query)
         varies = {axis for m in spec.modifiers if isinstance(m, Bias) for axis in m.axes} | spec.keep.varies_over()
         if attn_mask is not None and "key" not in varies and (device.type == "cuda" or spec.sinks is not None):
@@ -117,8 +123,8 @@ class SDPA(Kernel):
             output = AroundTheRing(**options)(query, key, value)
         else:
             output = scaled_dot_product_attention(query, key, value, **options)
-        if rows is not None and gradient is not None:
-            output = output + gradient.to(output.dtype)
+        if gradient is not None:
+            output = output + gradient
         if spec.fully_masked_rows == "nan" and keep is not None and not may_mask(spec):
             output = torch.where(keep.any(-1, keepdim=True), output, float("nan"))
         if shapes.needs_backward and self._may_be_cudnn(shapes, device):
@@ -140,19 +146,6 @@ class SDPA(Kernel):
             through = bias is not None and spec.fully_masked_rows == "mean, added" and shapes.learned
             low = torch.where(rows, bias - bias.detach() if through else zero, low)
         return torch.where(keep, zero if bias is None else bias, low)
-
-    @staticmethod
-    def _gradient_of_rows(
-        query: Any, scale: float, attn_mask: Any, rows: Any, spec: AttentionSpec, shapes: Shapes, tensors: Tensors
-    ) -> Any:
-        """What gives query and key the gradients of rows without a key, where eager code has such; zero otherwise."""
-        if not shapes.needs_backward or spec.fully_masked_rows == "mean":
-            return None
-        alike = rows
-        if may_mask(spec):  # rows of unequal weights give keys no gradient
-            alike = rows & (attn_mask == 0).all(-1, keepdim=True)
-        gradient = gradient_of_equal_weights(query, scale, shapes, tensors)
-        return torch.where(alike, gradient, gradient.new_zeros(()))
 
     @staticmethod
     def _takes_gqa(shapes: Shapes, device: Device, masked: bool) -> bool:
