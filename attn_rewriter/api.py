@@ -34,7 +34,7 @@ def optimize(
     fullgraph: bool = False,
     strict: bool = False,
     autotune: bool = False,
-    verify: bool | str = False,
+    verify: bool | str = "auto",
     keep_weights: Sequence[str] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Model:
@@ -49,8 +49,9 @@ def optimize(
         mode, dynamic, fullgraph: as in `torch.compile`.
         strict: raise where something unexpected happens at a site, instead of leaving it as it is with a warning.
         autotune: time the usable kernels on each site's shapes, once, and take the fastest (as `mode="max-autotune"`).
-        verify: compare each site with the model's own operations, on the inputs of each graph's first call, or of each
-            call ("always"); one that breaks the contract stays as it is, with a warning.
+        verify: "auto" compares what was read with the model's own operations on made-up inputs, once, when a graph is
+            compiled; True compares every site on the inputs of each graph's first call as well, "always" on those of
+            each call. A site that breaks the contract stays as it is, with a warning. False compares nothing.
         keep_weights: where the model returns its attention weights, as with `output_attentions=True`, keep those of the
             modules that these patterns match ("model.layers.3.*"); all others come back as empty tensors, and their
             attention is fused. None keeps all.

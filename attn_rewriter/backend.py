@@ -27,6 +27,7 @@ from attn_rewriter.options import Options
 from attn_rewriter.packages import once_imported
 from attn_rewriter.pipeline import Checks, Settings, rewrite
 from attn_rewriter.report import Report
+from attn_rewriter.second_opinion import Opinions
 from attn_rewriter.sites import Check, summary
 from attn_rewriter.verify import verify
 from attn_rewriter.withhold import returns_to_the_caller
@@ -141,13 +142,14 @@ class Backend:
         checks: Checks | None = None,
         **kwargs: Any,
     ) -> Callable[..., Any]:
-        if checks is None and self.options.verify and ring() is None:  # whose keys are not here
+        if checks is None and self.options.verify in (True, "always") and ring() is None:  # whose keys are not here
             checks = verify(gm, example_inputs, settings)
+        opinions = Opinions(example_inputs) if self.options.verify and ring() is None and not settings.dry else None
         falls_back = not (settings.strict or self._looks or requested(settings.kernel) or ring())
         original = copied(gm) if falls_back else gm
         # What is tried on fake tensors is nothing that a checkpoint around the compiled function should count.
         with saved_tensors_hooks(lambda x: x, lambda x: x):
-            report = rewrite(gm, settings, checks)
+            report = rewrite(gm, settings, checks, opinions)
         self._reports.append(report)
         if self._looks:
             return gm.forward

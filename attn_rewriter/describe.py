@@ -25,6 +25,7 @@ from attn_rewriter.graph import (
     describe_node,
     graph_break,
     guarded,
+    holds,
     is_inplace,
     is_pure,
     looks_at_shape_only,
@@ -348,7 +349,7 @@ class _Reading:
         loses more than eager code does elsewhere, and is a part of the model, as fake quantisation is."""
         for node in nodes:
             held = tensor(node)
-            if held is not None and not _holds(held.dtype, product):
+            if held is not None and not holds(held.dtype, product):
                 name = str(held.dtype).removeprefix("torch.")
                 refuse("describe", f"{describe_node(node)} rounds to {name}, which is narrower than the products", node)
 
@@ -681,14 +682,6 @@ def _dtype(node: Any) -> torch.dtype:
     held = tensor(node)
     assert held is not None
     return held.dtype
-
-
-def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
-    """Whether a type has all numbers of another one."""
-    try:
-        return torch.promote_types(wide, narrow) == wide
-    except RuntimeError:  # float8 has no wider types, says PyTorch
-        return wide == narrow
 
 
 def _followed_by(modifiers: list[Modifier], modifier: Modifier) -> list[Modifier]:

@@ -220,6 +220,14 @@ def tensor(node: Any) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
+def holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    """Whether a type has all numbers of another one."""
+    try:
+        return torch.promote_types(wide, narrow) == wide
+    except RuntimeError:  # float8 has no wider types, says PyTorch
+        return wide == narrow
+
+
 def size(value: Any) -> Size:
     """An int, SymInt or node that holds one, as a `Size`."""
     if isinstance(value, Node):
@@ -381,6 +389,21 @@ def is_pure(node: Node) -> bool:
     """Whether a node without users can be erased: a known operation that writes nothing and draws no numbers."""
     found = call(node)
     return found is not None and found.name not in _PURE_EXCEPT and not is_inplace(node)
+
+
+_DEAR = {"matmul", "baddbmm", "einsum", "softmax", "conv2d", "dropout"}
+_DEAR |= {"scaled_dot_product_attention", "multi_head_attention_forward"}
+_CHEAP = {
+    *("setitem", "index_put", "fill", "zero", "copy", "gather", "index_select", "take_along_dim", "roll", "flip"),
+    *("stack", "unbind", "split", "select", "narrow", "diagonal", "one_hot", "bucketize", "searchsorted", "argsort"),
+    *("sort", "cumprod", "isin", "any", "all", "sum", "eye"),
+}
+
+
+def is_cheap(node: Node) -> bool:
+    """Whether a node may be run once more, on made-up inputs: what masks are made of, and draws no random numbers."""
+    found = call(node)
+    return found.name not in _DEAR if found is not None else _name(node).strip("_") in _CHEAP
 
 
 def erase_unused(graph: Graph) -> bool:

@@ -24,9 +24,10 @@ class Options:
     strict: raise `RewriteError` where something unexpected happens at a site, instead of leaving it as it is.
     autotune: time the usable kernels on each site's shapes, once, and take the fastest; what was found is kept in the
         user's cache folder (`attn_rewriter.autotune`). So do the modes "max-autotune…".
-    verify: compare each site with the model's own operations, in float64, when a graph is first called (True) or at
-        each call ("always"), and leave it as it is, with a warning, where it breaks the contract
-        (`attn_rewriter.verify`).
+    verify: "auto" compares what was read of each mask, and of each small site, with the model's own operations on
+        made-up inputs, once, when a graph is compiled (`attn_rewriter.second_opinion`); True does so for every site on
+        the inputs of the first call as well, and "always" on those of each call (`attn_rewriter.verify`). Where that
+        breaks the contract, a site stays as it is, with a warning. False asks for no second opinion.
     keep_weights: where a model returns its attention weights, those of the modules that these patterns match, as of
         file names, stay what they are; those of all others become empty tensors, and their attention is fused. None
         keeps all.
@@ -38,7 +39,7 @@ class Options:
     compiler: Compiler = "inductor"
     strict: bool = False
     autotune: bool = False
-    verify: bool | str = False
+    verify: bool | str = "auto"
     keep_weights: Sequence[str] | None = None
     mode: str | None = None
     compiler_options: Mapping[str, Any] = field(default_factory=dict)
@@ -50,8 +51,8 @@ class Options:
                 raise TypeError(f"{name} is True or False, not {getattr(self, name)!r}")
         if isinstance(self.keep_weights, str) or not all(isinstance(name, str) for name in self.keep_weights or ()):
             raise TypeError(f"keep_weights is a list of patterns of module paths, not {self.keep_weights!r}")
-        if self.verify not in (False, True, "always"):
-            raise ValueError(f'verify is True, False or "always", not {self.verify!r}')
+        if self.verify not in (False, True, "auto", "always"):
+            raise ValueError(f'verify is "auto", True, "always" or False, not {self.verify!r}')
         if isinstance(self.compiler, str):
             names = [name for name in torch._dynamo.list_backends(exclude_tags=()) if name != "attn_rewriter"]
             if self.compiler not in names:

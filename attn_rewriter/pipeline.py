@@ -27,6 +27,7 @@ from attn_rewriter.graph import Facts, erase_unused, module_path, source, tensor
 from attn_rewriter.kernels import Kernel
 from attn_rewriter.lower import lower, obstacle
 from attn_rewriter.report import Report
+from attn_rewriter.second_opinion import Opinions
 from attn_rewriter.sites import Check, SiteReport
 from attn_rewriter.spec import AttentionSpec
 from attn_rewriter.splice import share
@@ -54,15 +55,19 @@ class Settings:
     keep_weights: tuple[str, ...] | None = None
 
 
-def rewrite(gm: GraphModule, settings: Settings, checks: Checks | None = None) -> Report:
+def rewrite(
+    gm: GraphModule, settings: Settings, checks: Checks | None = None, opinions: Opinions | None = None
+) -> Report:
     """Rewrite every site of a graph in place, and report on each; but not those, by their number, whose check says that
-    they had better stay."""
+    they had better stay, nor those that `opinions`, where they are asked for, are against."""
     started = time.perf_counter()
     sites: list[SiteReport] = []
     random = count()
     for facts in graphs(gm, settings):
         for site in [*find(facts)]:
             found = plan(site, facts, settings, (checks or {}).get(len(sites)))
+            if isinstance(found, Plan) and opinions is not None:
+                found = _confirmed(found, facts, settings, opinions)
             report = _carried_out(found, facts, settings, random) if isinstance(found, Plan) else found
             if _must_not_stay(report, site, settings):
                 raise RewriteError(
@@ -128,6 +133,23 @@ def plan(site: Site, facts: Facts, settings: Settings, check: Check | None = Non
     unexpected where the settings are strict."""
     unread = SiteReport(module_path(site.anchor), source(site.anchor))
     return _guarded(unread, site, settings, lambda: _planned(site, facts, settings, check, unread))
+
+
+def _confirmed(plan: Plan, facts: Facts, settings: Settings, opinions: Opinions) -> Plan | SiteReport:
+    """A plan, unless the model's own operations say that the site was misread: then a report of that."""
+    said = opinions.on(plan.found, plan.site.output, facts, plan.kernel, plan.device)
+    if not said:
+        return plan
+    place = plan.report.place
+    if settings.strict:
+        raise RewriteError(f"the attention at {place} was misread: {said}")
+    warnings.warn(
+        f"attn_rewriter leaves the attention at {place} as it is, because it misread it: {said}. Please report this, "
+        "with the code of this line and of its mask",
+        stacklevel=2,
+    )
+    refused = Refusal("verify", f"misread: {said}", plan.site.anchor)
+    return replace(plan.report, kernel=None, refusals=(*plan.report.refusals, refused))
 
 
 def _carried_out(plan: Plan, facts: Facts, settings: Settings, random: Iterator[int]) -> SiteReport:

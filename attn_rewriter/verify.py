@@ -21,9 +21,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Interpreter, Node
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
 from attn_rewriter.alone import by_itself
 from attn_rewriter.buffers import copied
@@ -34,6 +32,7 @@ from attn_rewriter.errors import is_out_of_memory
 from attn_rewriter.find import find
 from attn_rewriter.graph import Facts, is_transparent, size, tensor
 from attn_rewriter.hidden import hidden_from
+from attn_rewriter.interior import Interior, WithoutDropout, widened
 from attn_rewriter.kernels.masking import bias_terms, keep_mask
 from attn_rewriter.patterns.axes import plan as steps
 from attn_rewriter.pipeline import Plan, Settings, graphs, plan
@@ -59,7 +58,7 @@ def verify(
         plans = {}
         for site in [*find(facts)]:
             if number not in without and isinstance(planned := plan(site, facts, settings), Plan):
-                plans[number] = _Planned(planned, facts)
+                plans[number] = _Planned(planned, Interior(planned.found, planned.site.output, facts))
             number += 1
         found[facts.graph] = _Sites(facts, plans)
     if any(isinstance(x, FakeTensor) for x in inputs) or not any(sites.plans for sites in found.values()):
@@ -96,39 +95,7 @@ class _Planned:
     """A plan, and the part of the graph that it replaces."""
 
     plan: Plan
-    facts: Facts
-
-    @cached_property
-    def numeric(self) -> tuple[Node, ...]:
-        """The operands that enter the arithmetic."""
-        found = self.plan.found
-        nodes = (found.operands[name].node for name in ("query", "key", "value", *sorted(found.spec.numeric)))
-        return tuple(dict.fromkeys(node for node in nodes if isinstance(node, Node)))
-
-    @cached_property
-    def interior(self) -> tuple[Node, ...]:
-        """The operations between the operands and the output, in order."""
-        output = self.plan.site.output
-        end = self.facts.position[output]
-        after: set[Node] = set()  # what depends on the operands
-        for node in self.facts.graph.nodes:
-            if node not in self.numeric and any(x in self.numeric or x in after for x in node.all_input_nodes):
-                after.add(node)
-        wanted, stack = set(), [output]
-        while stack:
-            node = stack.pop()
-            if node not in after or node in wanted or self.facts.position[node] > end:
-                continue
-            wanted.add(node)
-            stack += [*node.all_input_nodes, *self.facts.writes(node)]
-        return tuple(sorted(wanted, key=self.facts.position.__getitem__))
-
-    @cached_property
-    def needs(self) -> tuple[Node, ...]:
-        """What must be known at the end of the site."""
-        operands = [state.node for state in self.plan.found.operands.values() if isinstance(state.node, Node)]
-        before = [x for node in self.interior for x in node.all_input_nodes if x not in self.interior]
-        return tuple(dict.fromkeys([*operands, *before]))
+    inside: Interior
 
 
 @dataclass(frozen=True)
@@ -177,7 +144,7 @@ class _Run(Interpreter):
         position = self._sites.facts.position
         last = {x: user for user, values in self.user_to_last_uses.items() for x in values}
         for planned in self._sites.plans.values():
-            for x in planned.needs:
+            for x in planned.inside.needs:
                 end = planned.plan.site.output
                 if x in last and position[last[x]] < position[end]:
                     last[x] = end
@@ -195,7 +162,7 @@ class _Run(Interpreter):
         self._context.learn(n.meta.get("example_value"), result)
         for number in self._ends.get(n, ()):
             planned = self._sites.plans[number]
-            values = {x: self.env[x] for x in planned.needs} | {n: result}
+            values = {x: self.env[x] for x in planned.inside.needs} | {n: result}
             check = _checked(_Trial(self, planned, values, self._context))
             held = self._context.checks.setdefault(number, check)  # of a body that was called before
             self._context.checks[number] = max(held, check, key=lambda check: (bool(check.verdict), check.worst))
@@ -251,6 +218,10 @@ class _Trial:
     @property
     def found(self) -> Description:
         return self.planned.plan.found
+
+    @property
+    def _product(self) -> torch.dtype:
+        return self.found.shapes.product_dtype or self.found.shapes.dtype
 
     @property
     def output(self) -> Tensor:
@@ -314,8 +285,8 @@ class _Trial:
         """By the model's own operations."""
         inner = Interpreter(self.run.module, garbage_collect_values=False)
         inner.env = dict(values)
-        with _WithoutDropout():
-            for node in self.planned.interior:
+        with WithoutDropout():
+            for node in self.planned.inside.nodes:
                 inner.env[node] = inner.run_node(node)
         held: Tensor = inner.env[self.planned.plan.site.output]
         return held
@@ -329,11 +300,11 @@ class _Trial:
     ) -> list[Tensor]:
         """A result, and its gradients for the operands that want one, zero where they are missed; or, `wide`, these in
         float64."""
-        leaves = {node: self.leaf(node, values[node], wide) for node in self.planned.needs}
+        leaves = {node: self.leaf(node, values[node], wide) for node in self.planned.inside.needs}
         wanted = [x for x in leaves.values() if isinstance(x, Tensor) and x.requires_grad]
         needs_backward = self.found.shapes.needs_backward
-        widened = _widened(self.output.device.type) if wide else nullcontext()
-        with widened, torch.set_grad_enabled(needs_backward):
+        exactly = widened(self.output.device.type, self._product) if wide else nullcontext()
+        with exactly, torch.set_grad_enabled(needs_backward):
             result = function({**leaves, self.planned.plan.site.output: self.output})
             if not wanted or not needs_backward:
                 return [result.detach()]
@@ -349,7 +320,7 @@ class _Trial:
             return x
         like = tensor(node)
         x = x.detach().double() if wide else x.detach().clone()
-        return x.requires_grad_(node in self.planned.numeric and like is not None and like.requires_grad)
+        return x.requires_grad_(node in self.planned.inside.numeric and like is not None and like.requires_grad)
 
     def moved(self) -> Mapping[Node, Any]:
         """Query, key and value moved at random by a rounding unit, which rounds all that follows otherwise."""
@@ -404,22 +375,6 @@ def _like(x: Any) -> Any:
 # ---------------------------------------------------------------------------------------------- the truth
 
 
-@contextmanager
-def _widened(device: str) -> Iterator[None]:
-    with torch.autocast(device, enabled=False), _Widened():
-        yield
-
-
-class _Widened(TorchDispatchMode):
-    """Computes in float64, whatever types are asked for."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map(_wide, (args, kwargs or {}))
-        if func is torch.ops.aten._softmax.default:  # its last argument says that half becomes float
-            args = (*args[:2], False)
-        return func(*args, **kwargs)
-
-
 class _Terms(TorchDispatchMode):
     """Computes a softmax from the logsumexp of its scores, as fused kernels do in their backward pass, and its gradient
     without what is subtracted: nearly all where a weight is nearly 1, but these subtract what was rounded otherwise."""
@@ -433,22 +388,3 @@ class _Terms(TorchDispatchMode):
         if func is torch.ops.aten._softmax_backward_data.default:
             return (args[0] * args[1]).to(args[3])
         return func(*args, **(kwargs or {}))
-
-
-def _wide(x: Any) -> Any:
-    if isinstance(x, Tensor):
-        return x.double() if x.is_floating_point() else x
-    return torch.float64 if isinstance(x, torch.dtype) and x.is_floating_point else x
-
-
-class _WithoutDropout(TorchFunctionMode):
-    """Drops nothing."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, kwargs = getattr(function, "__name__", ""), dict(kwargs or {})
-        if name in ("dropout", "dropout_", "alpha_dropout", "feature_dropout"):
-            return args[0] if args else kwargs["input"]
-        if name == "scaled_dot_product_attention":
-            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
-            kwargs |= {} if len(args) > 4 else {"dropout_p": 0.0}
-        return function(*args, **kwargs)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 
 from attn_rewriter.device import Device
 from attn_rewriter.kernels.base import Kernel, Tensors
-from attn_rewriter.kernels.masking import keep, modified
+from attn_rewriter.kernels.fully_masked import levels
+from attn_rewriter.kernels.masking import keep_mask, modified
 from attn_rewriter.spec import AttentionSpec, Mask, Shapes
 
 
 class Reference(Kernel):
-    """Plain PyTorch in the operands' own type, with what the model itself fills hidden scores with."""
+    """Plain PyTorch in the operands' own type."""
 
     name = "reference"
     adds_fills = True
@@ -25,28 +24,35 @@ class Reference(Kernel):
             key = key.repeat_interleave(shapes.num_groups, dim=1)
             value = value.repeat_interleave(shapes.num_groups, dim=1)
         scores = query @ key.transpose(-2, -1)
-        hidden = None
         for modifier in spec.modifiers:
             if not isinstance(modifier, Mask):
                 scores = modified(scores, modifier, tensors)
-                continue
-            hides = ~keep(modifier, tensors)
-            hidden = hides if hidden is None else hidden | hides
-            if modifier.form == "additive":
-                scores = scores + tensors[str(modifier.tensor)]
-            else:
-                lowest = torch.finfo(shapes.dtype).min  # the model's scores may be of a wider type
-                fill = modifier.fills[0]
-                scores = scores.masked_fill(hides, fill if math.isinf(fill) else max(fill, lowest))
-        zeros = spec.fully_masked_rows == "zeros"
-        if zeros and hidden is not None:  # zeros in their place, so that no gradient is made of what is no number
-            scores = scores.masked_fill(hidden.all(-1, keepdim=True), 0.0)
+        keep = keep_mask((m for m in spec.modifiers if isinstance(m, Mask)), shapes, tensors)
+        if keep is not None:
+            scores = self._masked(scores, keep, spec, shapes, tensors)
         if spec.sinks is not None:
             sinks = tensors[spec.sinks] if isinstance(spec.sinks, str) else scores.new_full((), spec.sinks)
             scores = torch.cat([scores, sinks.expand_as(scores[..., :1])], dim=-1)
         weights = torch.softmax(scores, dim=-1)
-        if zeros:
-            weights = weights.nan_to_num(0.0) if hidden is None else weights.masked_fill(hidden, 0.0)
+        if spec.fully_masked_rows == "zeros":
+            weights = torch.where(weights == weights, weights, 0.0) if keep is None else weights.where(keep, 0.0)
         if spec.sinks is not None:
             weights = weights[..., :-1]
-        return F.dropout(weights, spec.dropout_p).to(shapes.dtype) @ value
+        return F.dropout(weights, spec.dropout_p) @ value
+
+    @staticmethod
+    def _masked(
+        scores: torch.Tensor, keep: torch.Tensor, spec: AttentionSpec, shapes: Shapes, tensors: Tensors
+    ) -> torch.Tensor:
+        """Scores whose hidden ones are minus infinity, but in rows without a key what gives equal weights."""
+        hidden = scores.masked_fill(~keep, float("-inf"))
+        rows = ~keep.any(-1, keepdim=True)
+        match spec.fully_masked_rows:
+            case "mean" | "zeros":
+                return torch.where(rows, torch.zeros_like(scores), hidden)
+            case "mean, added":
+                return torch.where(rows, scores - scores.detach(), hidden)
+            case "by fill":
+                lifted, rows = levels(spec, shapes, tensors)
+                return torch.where(rows, lifted, hidden)
+        return hidden

@@ -1,0 +1,119 @@
+"""The operations of a model that the rewriting of a site replaces, to be run again beside what takes their place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from attn_rewriter.describe import Description
+from attn_rewriter.graph import Facts, holds
+
+
+@dataclass(frozen=True)
+class Interior:
+    """What lies in a graph between the operands of a site and its `output`."""
+
+    found: Description
+    output: Node
+    facts: Facts
+
+    @cached_property
+    def numeric(self) -> tuple[Node, ...]:
+        """The operands that enter the arithmetic."""
+        found = self.found
+        nodes = (found.operands[name].node for name in ("query", "key", "value", *sorted(found.spec.numeric)))
+        return tuple(dict.fromkeys(node for node in nodes if isinstance(node, Node)))
+
+    @cached_property
+    def nodes(self) -> tuple[Node, ...]:
+        """The operations, in order."""
+        after: set[Node] = set()  # what depends on the operands
+        for node in before(self.facts, [self.output], self.output, self.numeric):
+            if any(x in self.numeric or x in after for x in node.all_input_nodes):
+                after.add(node)
+        wanted, stack = set(), [self.output]
+        while stack:
+            node = stack.pop()
+            if node in after and node not in wanted:
+                wanted.add(node)
+                stack += [*node.all_input_nodes, *self.facts.writes(node)]
+        return tuple(sorted(wanted, key=self.facts.position.__getitem__))
+
+    @cached_property
+    def needs(self) -> tuple[Node, ...]:
+        """What must be known to run them, and to call a kernel."""
+        operands = [state.node for state in self.found.operands.values() if isinstance(state.node, Node)]
+        inputs = [x for node in self.nodes for x in node.all_input_nodes if x not in self.nodes]
+        return tuple(dict.fromkeys([*operands, *inputs]))
+
+
+def before(
+    facts: Facts,
+    nodes: Iterable[Node],
+    until: Node,
+    known: Container[Node] = (),
+    stops: Callable[[Node], bool] = lambda node: node.op == "placeholder",
+) -> list[Node]:
+    """What nodes are computed from, themselves included, with all that is written into these before `until` has run, in
+    order: nothing that is `known`, and nothing before a node that `stops`."""
+    found, stack = set[Node](), [*nodes]
+    while stack:
+        node = stack.pop()
+        if node in found or node in known or facts.position[node] > facts.position[until]:
+            continue
+        found.add(node)
+        stack += facts.writes(node)
+        stack += [] if stops(node) else node.all_input_nodes
+    return sorted(found, key=facts.position.__getitem__)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# How they are run again
+
+
+@contextmanager
+def widened(device: str, product: torch.dtype) -> Iterator[None]:
+    """Computes in float64, whatever types are asked for; but rounds to types that are narrower than the products'."""
+    with torch.autocast(device, enabled=False), _Widened(product):
+        yield
+
+
+class _Widened(TorchDispatchMode):
+    def __init__(self, product: torch.dtype) -> None:
+        super().__init__()
+        self._product = product
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(self._wide, (args, kwargs or {}))
+        if func is torch.ops.aten._softmax.default:  # its last argument says that half becomes float
+            args = (*args[:2], False)
+        return func(*args, **kwargs)
+
+    def _wide(self, x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return x.double() if x.is_floating_point() else x
+        is_wide = isinstance(x, torch.dtype) and x.is_floating_point and holds(x, self._product)
+        return torch.float64 if is_wide else x
+
+
+class WithoutDropout(TorchFunctionMode):
+    """Drops nothing."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = getattr(function, "__name__", ""), dict(kwargs or {})
+        if name in ("dropout", "dropout_", "alpha_dropout", "feature_dropout"):
+            return args[0] if args else kwargs["input"]
+        if name == "scaled_dot_product_attention":
+            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
+            kwargs |= {} if len(args) > 4 else {"dropout_p": 0.0}
+        return function(*args, **kwargs)
