@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from attn_rewriter.describe import Description
+from attn_rewriter.errors import Refused
 from attn_rewriter.graph import Facts, holds
 
 
@@ -53,8 +54,15 @@ class Interior:
     def needs(self) -> tuple[Node, ...]:
         """What must be known to run them, and to call a kernel."""
         operands = [state.node for state in self.found.operands.values() if isinstance(state.node, Node)]
-        inputs = [x for node in self.nodes for x in node.all_input_nodes if x not in self.nodes]
-        return tuple(dict.fromkeys([*operands, *inputs]))
+        inputs = [self.read(x, node) for node in self.nodes for x in node.all_input_nodes]
+        return tuple(dict.fromkeys([*operands, *(x for x in inputs if x not in self.nodes)]))
+
+    def read(self, node: Node, at: Node) -> Node:
+        """The node with the contents that `at` reads of another one, which something may have written into."""
+        try:
+            return self.facts.current(node, at)
+        except Refused:  # in part: then both stand for the same memory
+            return node
 
 
 def before(

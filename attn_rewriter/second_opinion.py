@@ -411,7 +411,7 @@ class _Site:
     def _eager(self, values: Mapping[Node, Any]) -> Tensor:
         env = dict(values)
         for node in self.inside.nodes:
-            env[node] = run(node, None, env.__getitem__)
+            env[node] = run(node, None, lambda x, at=node: env[self.inside.read(x, at)])  # type: ignore[misc]
         result: Tensor = env[self.inside.output]
         return result
 
