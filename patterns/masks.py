@@ -355,10 +355,8 @@ def _integral(value: Any) -> bool:
 
 @_reads("arange")
 def arange(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
-    bounds = [size(b) for b in call["bounds"]]
-    step = bounds[2] if len(bounds) == 3 else size(call["step"])
-    start = bounds[0] if len(bounds) > 1 else 0
-    if not (bounds and _integral(start) and isinstance(step, int)):
+    start, step = size(call["start"]), size(call["step"])
+    if not (_integral(start) and isinstance(step, int)):
         raise Unreadable("arange over what is not an integer")
     return _as_dtype(at[0] * step + Index(start), _dtype(node))
 
