@@ -269,6 +269,8 @@ class MaskReader:
     ) -> Value:
         """What an operation makes of its operands, each converted to the type that they have in common."""
         dtype = _common_type(operands)
+        if not dtype.is_floating_point and _dtype(node).is_floating_point:  # a division takes integers as they are
+            dtype = _dtype(node)
         literal = [tensor(operand) is None for operand in operands]
 
         def compute(*given: Index) -> Value:
@@ -294,6 +296,7 @@ def _own(node: Node, at: tuple[Index, ...]) -> tuple[Index, ...]:
     return tuple(Index() if n == 1 else c for n, c in zip(sizes, at[len(at) - len(sizes) :] if sizes else ()))
 
 
+_HALF = (torch.float16, torch.bfloat16)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -726,6 +729,8 @@ def _computation(name: str, node: Node) -> Computation:
             return Index(found.item())
         if name not in _OF_POSITIONS or (dtype != _dtype(node) and not is_inplace(node)):
             raise Unreadable(f"{name} of positions")
+        if dtype in _HALF and any(value != before for value, before in zip(values, given)):
+            raise Unreadable(f"a number that {dtype} rounds")
         return converted(_OF_POSITIONS[name](*map(_whole_number, values)), dtype)
 
     return compute
@@ -736,23 +741,31 @@ def _is_number(index: Index) -> bool:
 
 
 def _evaluated(name: str, values: list[Index], given: tuple[Index, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A function of numbers of one type. Of a number that a half precision type rounds, some of PyTorch's kernels take
-    what it was before; it must not matter."""
-    function = getattr(torch, name)
+    """A function of numbers of one type, as torch computes it. Its ways to the same result may differ in rounding: with
+    vectors or one by one, a power by multiplications, and, of a number that a half precision type rounds, with what it
+    was before. It must not matter which of them is taken."""
+    numbers = [value.offset for value in values]
+    ways = [[torch.full((_MANY,), number, dtype=dtype, device="cpu") for number in numbers]]
+    ways.append([way[0] for way in ways[0]])
+    if name == "pow":
+        ways.append([ways[0][0], numbers[1]])
+    if dtype in _HALF:
+        ways.append([torch.tensor(value.offset, dtype=torch.float32, device="cpu") for value in given])
+    try:
+        with torch.no_grad():
+            first, *others = (getattr(torch, name)(*way) for way in ways)
+    except (RuntimeError, OverflowError) as error:
+        raise Unreadable(str(error)) from error
+    for other in (first, *others):
+        if not torch.equal(other.to(first.dtype).expand_as(first), first[0].expand_as(first)) and not (
+            other.isnan().all() and first.isnan().all()
+        ):
+            raise Unreadable(f"what {name} makes of numbers that {dtype} rounds")
+    return first[0]  # type: ignore[no-any-return]
 
-    def evaluated(numbers: Sequence[Index], dtype: torch.dtype) -> torch.Tensor:
-        try:
-            with torch.no_grad():
-                return function(*(torch.tensor(x.offset, dtype=dtype, device="cpu") for x in numbers))  # type: ignore[no-any-return]
-        except (RuntimeError, OverflowError) as error:
-            raise Unreadable(str(error)) from error
 
-    found = evaluated(values, dtype)
-    if dtype in (torch.float16, torch.bfloat16):
-        other = evaluated(given, torch.float32).to(found.dtype)
-        if not torch.equal(found, other) and not (found.isnan() and other.isnan()):
-            raise Unreadable(f"a number that {dtype} rounds")
-    return found
+_MANY = 129
+"""More elements than a vector of any type has."""
 
 
 def _quotient(a: Index, b: Index) -> Index:
