@@ -6,6 +6,7 @@ spelling reads as the functional one; `Facts.current` says which node holds a te
 
 from __future__ import annotations
 
+import ast
 import inspect
 import math
 import operator
@@ -26,63 +27,67 @@ from torch.utils._sympy.functions import Max, Min
 from attn_rewriter.errors import refuse
 from attn_rewriter.spec import Size, same
 
-# Each row: canonical name(parameters): its spellings. `.name` is a method; `*x` takes what is left; `x:y` is a
-# parameter whose keyword is spelled y. A method's and an operator's in-place form come with it.
+# Each row: canonical name(parameters): its spellings. A row names every parameter that matters, and a call that gives
+# anything else is not read. `*x` takes what is left of the positions, what follows a lone `*` comes by keyword alone,
+# `x:y` is a parameter whose keyword is spelled y, and with `...` at the end the rest is read off the result, by its
+# shape and type. (Rows whose reader takes the type from the result name `dtype` and look no further.) `.name` is a
+# method; a method's and an operator's in-place form come with it.
 _OPERATIONS = """
 matmul(input, other): torch.matmul operator.matmul .matmul .__matmul__
 matmul(input, other:mat2): torch.bmm torch.mm .bmm .mm
-baddbmm(input, batch1, batch2, beta=1, alpha=1): torch.baddbmm .baddbmm
-einsum(equation, *operands): torch.einsum torch.functional.einsum
+baddbmm(input, batch1, batch2, *, beta=1, alpha=1): torch.baddbmm .baddbmm
+einsum(equation, *operands:tensors): torch.einsum torch.functional.einsum
 softmax(input, dim, dtype=None): torch.softmax torch.special.softmax .softmax
 softmax(input, dim=None, _stacklevel=3, dtype=None): F.softmax
 softmax(input, dim, half_to_float=False): ._softmax
 dropout(input, p=0.5, training=True, inplace=False): F.dropout
-dropout(input, p, train:training): torch.dropout .dropout
-scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, \
+dropout(input, p, training:train): torch.dropout .dropout
+scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, \
 enable_gqa=False): torch._C._nn.scaled_dot_product_attention .scaled_dot_product_attention
 multi_head_attention_forward(query, key, value, embed_dim_to_check, num_heads, in_proj_weight, in_proj_bias, bias_k, \
 bias_v, add_zero_attn, dropout_p, out_proj_weight, out_proj_bias, training=True, key_padding_mask=None, \
 need_weights=True, attn_mask=None, use_separate_proj_weight=False, q_proj_weight=None, k_proj_weight=None, \
 v_proj_weight=None, static_k=None, static_v=None, average_attn_weights=True, is_causal=False): \
 F.multi_head_attention_forward
-add(input, other, alpha=1): torch.add operator.add .add .__add__ .__radd__
-sub(input, other, alpha=1): torch.sub torch.subtract operator.sub .sub .subtract .__sub__
+add(input, other, *, alpha=1): torch.add operator.add .add .__add__ .__radd__
+sub(input, other, *, alpha=1): torch.sub torch.subtract operator.sub .sub .subtract .__sub__
 mul(input, other): torch.mul torch.multiply operator.mul .mul .multiply .__mul__ .__rmul__
-div(input, other, rounding_mode=None): torch.div torch.divide torch.true_divide operator.truediv .div .divide \
-.true_divide .__truediv__
+div(input, other, *, rounding_mode=None): torch.div torch.divide operator.truediv .div .divide .__truediv__
+div(input, other): torch.true_divide .true_divide
 neg(input): torch.neg torch.negative operator.neg .neg .negative .__neg__
 pow(input, exponent): torch.pow operator.pow .pow .__pow__
 sqrt(input): torch.sqrt .sqrt math.sqrt torch.sym_sqrt
 rsqrt(input): torch.rsqrt .rsqrt
 reciprocal(input): torch.reciprocal .reciprocal
 tanh(input): torch.tanh F.tanh .tanh
-conv2d(input): torch.conv2d F.conv2d
+conv2d(input, ...): torch.conv2d F.conv2d
 exp(input): torch.exp .exp
 clamp(input, min=None, max=None): torch.clamp torch.clip .clamp .clip
-clamp(input, min, max=None): torch.clamp_min .clamp_min
-clamp(input, max, min=None): torch.clamp_max .clamp_max
-max(input, dim=None, keepdim=False): torch.max .max
-min(input, dim=None, keepdim=False): torch.min .min
+clamp(input, min, *, max=None): torch.clamp_min .clamp_min
+clamp(input, max, *, min=None): torch.clamp_max .clamp_max
+max(input, dim=None, keepdim=False, *, other=None): torch.max .max
+min(input, dim=None, keepdim=False, *, other=None): torch.min .min
 amax(input, dim=(), keepdim=False): torch.amax .amax
-sum(input, dim=None, keepdim=False, dtype=None): torch.sum .sum
+sum(input, dim=None, keepdim=False, *, dtype=None): torch.sum .sum
 logsumexp(input, dim, keepdim=False): torch.logsumexp .logsumexp
 nan_to_num(input, nan=None, posinf=None, neginf=None): torch.nan_to_num .nan_to_num
 cat(tensors, dim=0): torch.cat torch.concat torch.concatenate
 pad(input, pad, mode="constant", value=None): F.pad torch._C._nn.pad
 chunk(input, chunks, dim=0): torch.chunk .chunk
-cast(input): .to .type .type_as .float .half .bfloat16 .double .bool .int .long ._to_copy .cpu .cuda
+cast(input, ...): .to .type .type_as .float .half .bfloat16 .double .bool .int .long ._to_copy .cpu .cuda
 detach(input): torch.detach .detach
 copy(input): torch.clone .clone .contiguous
 permute(input, *dims): torch.permute .permute
-transpose(input, dim0, dim1): torch.transpose torch.swapaxes torch.swapdims .transpose .swapaxes .swapdims
+transpose(input, dim0, dim1): torch.transpose torch.swapdims .transpose .swapdims
+transpose(input, dim0:axis0, dim1:axis1): torch.swapaxes .swapaxes
 getattr(input, name): getattr
 t(input): torch.t .t
-reshape(input): torch.reshape torch.flatten torch.unflatten torch.squeeze torch.unsqueeze .reshape .view .flatten \
+reshape(input, ...): torch.reshape torch.flatten torch.unflatten torch.squeeze torch.unsqueeze .reshape .view .flatten \
 .unflatten .squeeze .unsqueeze .view_as .reshape_as ._unsafe_view
-expand(input): torch.broadcast_to .expand .expand_as .broadcast_to
+expand(input, ...): torch.broadcast_to .expand .expand_as .broadcast_to
 repeat(input, *sizes:repeats): .repeat
 tile(input, *dims): torch.tile .tile
-repeat_interleave(input, repeats, dim=None): torch.repeat_interleave .repeat_interleave
+repeat_interleave(input, repeats, dim=None, *, output_size=None): torch.repeat_interleave .repeat_interleave
 getitem(input, index): operator.getitem .__getitem__
 where(condition, input, other): torch.where
 where_method(input, condition, other): .where
@@ -104,59 +109,106 @@ remainder(input, other): torch.remainder operator.mod .remainder .__mod__
 abs(input): torch.abs torch.absolute operator.abs .abs .absolute .__abs__
 maximum(input, other): torch.maximum .maximum
 minimum(input, other): torch.minimum .minimum
-arange(*bounds, step=1): torch.arange
-full(size, fill_value): torch.full
-zeros(*size): torch.zeros
-ones(*size): torch.ones
-tensor(data): torch.tensor torch.as_tensor torch.scalar_tensor torch._refs.tensor
-full_like(input, fill_value): torch.full_like
-zeros_like(input): torch.zeros_like
-ones_like(input): torch.ones_like
-new_full(input, size, fill_value): .new_full
-new_zeros(input, *size): .new_zeros
-new_ones(input, *size): .new_ones
-cumsum(input, dim): torch.cumsum .cumsum
+arange(start=0, end=None, step=1, *, dtype=None): torch.arange
+full(size, fill_value, *, dtype=None): torch.full
+zeros(*size, dtype=None): torch.zeros
+ones(*size, dtype=None): torch.ones
+tensor(data, *, dtype=None): torch.tensor torch.as_tensor torch._refs.tensor
+tensor(data:s, *, dtype=None): torch.scalar_tensor
+full_like(input, fill_value, *, dtype=None): torch.full_like
+zeros_like(input, *, dtype=None): torch.zeros_like
+ones_like(input, *, dtype=None): torch.ones_like
+new_full(input, size, fill_value, *, dtype=None): .new_full
+new_zeros(input, *size, dtype=None): .new_zeros
+new_ones(input, *size, dtype=None): .new_ones
+cumsum(input, dim, *, dtype=None): torch.cumsum .cumsum
 diff(input, n=1, dim=-1, prepend=None, append=None): torch.diff .diff
 """
+
+_INERT = frozenset({"device", "pin_memory", "requires_grad", "memory_format"})
+"""Arguments of any function that change no value; what they change is read off the result."""
+
+_ALIASES = {"input": ("self", "x", "a", "x1"), "other": ("x2",), "dim": ("axis",), "keepdim": ("keepdims",)}
+"""Other keywords of the same parameters: those of operators, and NumPy's, which PyTorch's builtins take as well."""
 
 _NAMESPACES = {"torch": torch, "F": F, "operator": operator, "math": math}
 
 
+_ANYWHERE, _KEYWORD, _REST = (
+    getattr(inspect.Parameter, kind) for kind in ("POSITIONAL_OR_KEYWORD", "KEYWORD_ONLY", "VAR_POSITIONAL")
+)
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    """A parameter of a row; `default` is `...` where it has none, `kind` says by what it is given."""
+
+    name: str
+    keyword: str
+    default: Any
+    kind: Any
+
+    def given(self, kwargs: dict[str, Any]) -> list[str]:
+        """The keywords by which a call gives it: none, or one if the call is right."""
+        return [keyword for keyword in (self.keyword, *_ALIASES.get(self.keyword, ())) if keyword in kwargs]
+
+
 @dataclass(frozen=True)
 class _Signature:
+    """The name and the parameters of a row; `open` where the rest of the arguments is read off the result."""
+
     name: str
-    parameters: tuple[tuple[str, str, Any], ...]  # (canonical, keyword, default or ... for none)
-    rest: str | None
+    parameters: tuple[_Parameter, ...]
+    open: bool
 
     @classmethod
     def parse(cls, name: str, text: str) -> _Signature:
-        parameters, rest = [], None
-        for item in filter(None, (part.strip() for part in text.split(","))):
+        """Read a row's parameters, as they stand between the parentheses."""
+        items = [item.strip() for item in text.split(",")]
+        parameters: list[_Parameter] = []
+        kind = _ANYWHERE
+        for item in items:
             spelled, _, default = item.partition("=")
             canonical, _, keyword = spelled.lstrip("*").partition(":")
+            value = ast.literal_eval(default) if default else ...
+            if item.startswith("*") and canonical:
+                parameters.append(_Parameter(canonical, keyword or canonical, value, _REST))
             if item.startswith("*"):
-                rest = canonical
-            value = eval(default, {}) if default else ...
-            parameters.append((canonical, keyword or canonical, value))
-        return cls(name, tuple(parameters), rest)
+                kind = _KEYWORD
+            elif item != "...":
+                parameters.append(_Parameter(canonical, keyword or canonical, value, kind))
+        return cls(name, tuple(parameters), "..." in items)
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+        """The arguments of a call by parameter; None where the row does not say what one of them is."""
         bound: dict[str, Any] = {}
         left, given = list(args), dict(kwargs)
-        for canonical, keyword, default in self.parameters:
-            if canonical == self.rest:
-                values = left or given.pop(keyword, ())
-                flat = values[0] if len(values) == 1 and isinstance(values[0], (tuple, list)) else values
-                bound[canonical], left = tuple(flat), []
-            elif left:
-                bound[canonical] = left.pop(0)
-            elif keyword in given:
-                bound[canonical] = given.pop(keyword)
-            elif default is not ...:
-                bound[canonical] = default
+        for parameter in self.parameters:
+            positional = parameter.kind is not _KEYWORD and bool(left)
+            keywords = parameter.given(given)
+            if len(keywords) + positional > 1:
+                return None
+            if parameter.kind is _REST:
+                values = left if positional else given.pop(keywords[0]) if keywords else ()
+                bound[parameter.name], left = _flat(values), []
+            elif positional:
+                bound[parameter.name] = left.pop(0)
+            elif keywords:
+                bound[parameter.name] = given.pop(keywords[0])
+            elif parameter.default is not ...:
+                bound[parameter.name] = parameter.default
             else:
                 return None
-        return bound
+        if given.get("layout") in (None, torch.strided):
+            given.pop("layout", None)
+        return bound if self.open or not (left or given.keys() - _INERT) else None
+
+
+def _flat(values: Any) -> tuple[Any, ...]:
+    """Sizes, dimensions or tensors, each an argument of its own or all of them one."""
+    if not isinstance(values, (tuple, list)):
+        return (values,)
+    return tuple(values[0] if len(values) == 1 and isinstance(values[0], (tuple, list)) else values)
 
 
 def _parse_operations(text: str) -> tuple[dict[Any, _Signature], dict[str, _Signature]]:
@@ -290,9 +342,12 @@ def call(node: Any) -> Call | None:
     if node.op == "call_method":
         signature = _METHODS.get(str(node.target))
     elif node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
-        # An operator is called like the function of its name. Someone else's operators may be called anything.
+        # An operator is called like the function of its name, but for `tensor`, whose overloads each convert to a type.
+        # Someone else's operators may be called anything.
         name = _name(node) if node.target.namespace == "aten" else ""
         signature = _FUNCTIONS.get(getattr(torch, name, None)) or _METHODS.get(name)
+        if name in ("tensor", "as_tensor"):
+            return None
     elif node.op == "call_function":
         signature = _FUNCTIONS.get(node.target)
     else:
@@ -312,7 +367,7 @@ def _normalise(found: Call, node: Node) -> Call | None:
             return None
         order = range(ndim)[::-1] if args["name"] in ("T", "H") else [*range(ndim - 2), ndim - 1, ndim - 2]
         return Call("permute", {"input": args["input"], "dims": tuple(order)})
-    if name in ("transpose", "t") and ndim is not None:
+    if name in ("transpose", "t") and ndim:
         dim0, dim1 = (args["dim0"] % ndim, args["dim1"] % ndim) if name == "transpose" else (0, ndim - 1)
         swapped = {dim0: dim1, dim1: dim0}
         return Call("permute", {"input": args["input"], "dims": tuple(swapped.get(i, i) for i in range(ndim))})
@@ -336,9 +391,21 @@ def _normalise(found: Call, node: Node) -> Call | None:
         return Call("where", args)
     if name == "cat" and len(args["tensors"]) == 2:
         return Call("append", {"input": args["tensors"][0], "other": args["tensors"][1], "dim": args["dim"]})
-    if name in ("max", "min") and tensor(args["dim"]) is not None:
-        return Call(f"{name}imum", {"input": args["input"], "other": args["dim"]})
+    if name in ("max", "min"):
+        other = args["dim"] if args["other"] is None else args["other"]
+        if tensor(other) is not None:
+            return Call(f"{name}imum", {"input": args["input"], "other": other})
+        return found if args["other"] is None else None
+    if name == "arange" and args["end"] is None:
+        return Call(name, {**args, "start": 0, "end": args["start"]})
+    if name == "sum" and args["dtype"] is not None and not _is_wider(args["dtype"], value):
+        return None
     return found
+
+
+def _is_wider(dtype: torch.dtype, value: torch.Tensor | None) -> bool:
+    """Whether a type holds every number of a floating point tensor."""
+    return value is not None and value.is_floating_point() and torch.promote_types(dtype, value.dtype) == dtype
 
 
 def _takes_all(index: tuple[Any, ...], indexed: Node, result: Node) -> bool:

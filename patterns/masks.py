@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any, NamedTuple, Union
@@ -21,7 +21,7 @@ from torch.fx import Node
 
 from attn_rewriter.buffers import buffer_of
 from attn_rewriter.errors import Refused
-from attn_rewriter.graph import Call, Facts, shape, size, tensor
+from attn_rewriter.graph import Call, Facts, is_inplace, shape, size, tensor
 from attn_rewriter.hidden import is_masking
 from attn_rewriter.patterns.axes import Atom, Dim, Dims, extent, leaves
 from attn_rewriter.spec import (
@@ -66,8 +66,17 @@ def apply(function: Callable[..., Any], *values: Value) -> Value:
         if isinstance(value, Where):
             then = apply(function, *values[:i], value.then, *values[i + 1 :])
             otherwise = apply(function, *values[:i], value.otherwise, *values[i + 1 :])
-            return then if then == otherwise else Where(value.condition, then, otherwise)
+            return then if _is_one(then, otherwise) else Where(value.condition, then, otherwise)
     return function(*values)
+
+
+def _is_one(a: Value, b: Value) -> bool:
+    """Whether two values are the same, and not zeros of different sign, of which the reciprocals differ."""
+    if isinstance(a, Where) and isinstance(b, Where):
+        return a.condition == b.condition and _is_one(a.then, b.then) and _is_one(a.otherwise, b.otherwise)
+    if isinstance(a, Index) and isinstance(b, Index) and isinstance(a.offset, float) and isinstance(b.offset, float):
+        return a == b and math.copysign(1, a.offset) == math.copysign(1, b.offset)
+    return a == b
 
 
 def compare(left: Index, right: Index, name: str) -> Predicate:
@@ -83,6 +92,7 @@ def compare(left: Index, right: Index, name: str) -> Predicate:
         and isinstance(right.offset, (int, float))
     ):
         return EVERY_KEY if getattr(operator, name)(left.offset, right.offset) else NO_KEY
+    left, right = _whole_number(left), _whole_number(right)
     if not (_integral(left.offset) and _integral(right.offset)):
         raise Unreadable("a comparison of positions with a fraction")
     known = always(_bounds(left + -right), name)
@@ -104,6 +114,10 @@ def _in_spec(leaf: Any) -> Any:
 
 def _bounds(index: Index) -> tuple[Size, Size] | None:
     return index.bounds(operator.attrgetter("size"))
+
+
+Computation = Callable[["list[Index]", "tuple[Index, ...]", torch.dtype], "Value"]
+"""Computes with numbers and positions of one type; it is also given what these were before they were converted."""
 
 
 @dataclass
@@ -190,7 +204,7 @@ class MaskReader:
         if facts is self.facts and not facts.unchanged(node, self.until):
             dims = None  # it can't be an operand
         try:
-            value = self._followed(facts, node, at)
+            value = as_dtype(self._followed(facts, node, at), _dtype(node))
         except (Unreadable, Refused):
             return self._opaque(node, dims)
         foreign = node.op == "placeholder" and facts is self.facts
@@ -232,7 +246,7 @@ class MaskReader:
             inside &= compare(column + -row, Index(held.lower), "ge")
         if held.upper is not None:
             inside &= compare(column + -row, Index(held.upper), "le")
-        return _as_dtype(_where(inside, Index(held.inside), Index(held.outside)), _dtype(node))
+        return _where(inside, Index(held.inside), Index(held.outside))
 
     def _opaque(self, node: Node, dims: Dims | None) -> Value:
         """What nothing more is known about: a tensor's booleans or integers, if it is read whole and straight."""
@@ -247,6 +261,25 @@ class MaskReader:
         if not isinstance(value, Node) or tensor(value) is None:
             return self.read(facts, value, (), node)
         return self.read(facts, value, _own(value, at), node)
+
+    def converted(self, facts: Facts, node: Node, value: Any, at: tuple[Index, ...]) -> Value:
+        """The same in the type of the result."""
+        read = self.argument(facts, node, value, at)
+        return apply(lambda index: converted(index, _dtype(node), tensor(value) is None), read)
+
+    def computed(
+        self, facts: Facts, node: Node, operands: Sequence[Any], at: tuple[Index, ...], function: Computation
+    ) -> Value:
+        """What an operation makes of its operands, each converted to the type that they have in common."""
+        dtype = _common_type(operands)
+        if not dtype.is_floating_point and _dtype(node).is_floating_point:  # a division takes integers as they are
+            dtype = _dtype(node)
+        literal = [tensor(operand) is None for operand in operands]
+
+        def compute(*given: Index) -> Value:
+            return function([converted(index, dtype, known) for index, known in zip(given, literal)], given, dtype)
+
+        return apply(compute, *(self.argument(facts, node, operand, at) for operand in operands))
 
     def integers(self, facts: Facts, node: Node, value: Any, at: tuple[Index, ...]) -> Value:
         """The same, for a choice between integers the integers that it gives, if they can be read as they are."""
@@ -266,6 +299,7 @@ def _own(node: Node, at: tuple[Index, ...]) -> tuple[Index, ...]:
     return tuple(Index() if n == 1 else c for n, c in zip(sizes, at[len(at) - len(sizes) :] if sizes else ()))
 
 
+_HALF = (torch.float16, torch.bfloat16)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -368,12 +402,10 @@ def _integral(value: Any) -> bool:
 
 @_reads("arange")
 def arange(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
-    bounds = [size(b) for b in call["bounds"]]
-    step = bounds[2] if len(bounds) == 3 else size(call["step"])
-    start = bounds[0] if len(bounds) > 1 else 0
-    if not (bounds and _integral(start) and isinstance(step, int)):
+    start, step = (_whole_number(Index(size(call[name]))).offset for name in ("start", "step"))
+    if not (_integral(start) and isinstance(step, int)):
         raise Unreadable("arange over what is not an integer")
-    return _as_dtype(at[0] * step + Index(start), _dtype(node))
+    return as_dtype(at[0] * step + Index(start), _dtype(node))
 
 
 @_reads("full", "full_like", "new_full", "ones", "ones_like", "new_ones", "zeros", "zeros_like", "new_zeros", "tensor")
@@ -385,43 +417,123 @@ def filled(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[I
         fill = call["data"]
         while isinstance(fill, (list, tuple)) and len(fill) == 1:
             fill = fill[0]
-    return _as_dtype(reader.argument(facts, node, fill, at), _dtype(node))
+    return reader.converted(facts, node, fill, at)
 
 
 @_reads("cast", "move")
 def cast(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
-    return _as_dtype(reader.argument(facts, node, call["input"], at), _dtype(node))
+    return reader.converted(facts, node, call["input"], at)
 
 
-_POSITIONS = {torch.int32: 2**31 - 1, torch.int64: 2**63 - 1, torch.float32: 2**24, torch.float64: 2**53}
-"""The types that hold positions, and up to which; lengths that only the run knows are taken to be shorter."""
+_POSITIONS = {
+    torch.uint8: (0, 2**8 - 1),
+    torch.int8: (-(2**7), 2**7 - 1),
+    torch.int16: (-(2**15), 2**15 - 1),
+    torch.int32: (-(2**31), 2**31 - 1),
+    torch.int64: (-(2**63), 2**63 - 1),
+    torch.float16: (-(2**11), 2**11),
+    torch.bfloat16: (-(2**8), 2**8),
+    torch.float32: (-(2**24), 2**24),
+    torch.float64: (-(2**53), 2**53),
+}
+"""The types that hold positions, and between which: beyond, integers wrap around, and others are rounded."""
+
+_LONGEST = 2**20
+"""Lengths that only the run knows are taken to be no longer, where a type has to hold positions."""
+
+_NUMBERS = (torch.bool, *_POSITIONS)
 
 
-def _as_dtype(value: Value, dtype: torch.dtype) -> Value:
-    """Convert as torch does: to bool by "not zero", to float with the type's range (overflow becomes infinite)."""
-
-    def convert(index: Index) -> Index:
-        if index.terms or isinstance(index.offset, sympy.Expr):
-            offset = index.offset
-            if isinstance(offset, float) and offset.is_integer():
-                offset = int(offset)
-            index = Index(offset, index.terms)
-            if any(index.values()):
-                return _values_as(index, dtype)
-            known = [abs(bound) for bound in _bounds(index) or () if isinstance(bound, int)]
-            if not _integral(offset) or dtype not in _POSITIONS or max(known, default=0) > _POSITIONS[dtype]:
-                raise Unreadable(f"positions as {dtype}")
-            return index
-        try:
-            exact = torch.float64 if isinstance(index.offset, float) else None
-            return Index(torch.tensor(index.offset, dtype=exact, device="cpu").to(dtype).item())
-        except (RuntimeError, OverflowError) as error:
-            raise Unreadable(str(error)) from error
-
+def as_dtype(value: Value, dtype: torch.dtype) -> Value:
+    """A value that has another type already, converted as torch does."""
     if dtype == torch.bool and isinstance(value, Predicate):
         return value
-    converted = apply(convert, value)
-    return predicate(converted) if dtype == torch.bool else converted
+    found = apply(lambda index: converted(index, dtype), value)
+    return predicate(found) if dtype == torch.bool else found
+
+
+def converted(index: Index, dtype: torch.dtype, literal: bool = False) -> Index:
+    """A number or positions in another type. Where positions would wrap around or be rounded they are unreadable, and
+    so is a literal (a number that is no tensor) that the type does not hold."""
+    if not index.terms and not isinstance(index.offset, sympy.Expr):
+        return Index(_number(index.offset, dtype, literal))
+    index = _whole_number(index)
+    if any(index.values()):
+        return _values_as(index, dtype)
+    if not _integral(index.offset) or dtype not in _POSITIONS or not _lies_within(index, *_POSITIONS[dtype]):
+        raise Unreadable(f"positions as {dtype}")
+    return index
+
+
+def _number(value: Any, dtype: torch.dtype, literal: bool) -> Any:
+    """A number in another type: zero or not, with the range of a float (overflow becomes infinite), or of an integer,
+    where others wrap around."""
+    if dtype not in _NUMBERS or not isinstance(value, (bool, int, float)):
+        raise Unreadable(f"a number as {dtype}")
+    if dtype in _INTEGERS:
+        low, high = _POSITIONS[dtype]
+        if isinstance(value, float):
+            if not (math.isfinite(value) and low <= int(value) <= high):
+                raise Unreadable(f"{value} as {dtype}")
+            return int(value)
+        if low <= value <= high:
+            return int(value)
+        if literal:
+            raise Unreadable(f"{value} as {dtype}")
+    try:
+        exact = torch.float64 if isinstance(value, float) else torch.int64
+        return torch.tensor(value, dtype=exact, device="cpu").to(dtype).item()
+    except (RuntimeError, OverflowError) as error:
+        raise Unreadable(str(error)) from error
+
+
+def _lies_within(index: Index, low: int, high: int) -> bool:
+    """Whether positions are representable, at the shortest lengths and at the longest."""
+    for length in (1, _LONGEST):
+        bounds = _at_length(index, length).bounds(lambda atom, length=length: _number_at(atom.size, length))  # type: ignore[misc]
+        if bounds is None or not (low <= bounds[0] and bounds[1] <= high):
+            return False
+    return True
+
+
+def _at_length(index: Index, length: int) -> Index:
+    """With numbers for sizes that only the run knows."""
+    terms = (
+        (Quotient(_at_length(t.of, length), t.divisor) if isinstance(t, Quotient) else t, c) for t, c in index.terms
+    )
+    return Index(_number_at(index.offset, length), tuple(terms))
+
+
+def _number_at(value: Size, length: int) -> int:
+    if isinstance(value, int):
+        return value
+    number = value.xreplace(dict.fromkeys(value.free_symbols, sympy.Integer(length)))
+    if not number.is_Integer:
+        raise Unreadable(f"a size of {value}")
+    return int(number)
+
+
+def _whole_number(index: Index) -> Index:
+    """With an integer for a float that is one."""
+    offset = index.offset
+    return Index(int(offset), index.terms) if isinstance(offset, float) and offset.is_integer() else index
+
+
+def _common_type(operands: Sequence[Any]) -> torch.dtype:
+    """The type in which torch computes with tensors and with numbers that are none."""
+
+    def held(operand: Any) -> Any:
+        value = operand.meta.get("example_value") if isinstance(operand, Node) else operand
+        if isinstance(value, (torch.SymInt, torch.SymFloat)):
+            return 0 if isinstance(value, torch.SymInt) else 0.0
+        if not isinstance(value, (torch.Tensor, bool, int, float)):
+            raise Unreadable(f"{type(value).__name__}")
+        return value
+
+    values = [held(operand) for operand in operands]
+    if not any(isinstance(value, torch.Tensor) for value in values):
+        raise Unreadable("numbers of no tensor")
+    return values[0].dtype if len(values) == 1 else torch.result_type(*values)
 
 
 def _values_as(index: Index, dtype: torch.dtype) -> Index:
@@ -534,6 +646,8 @@ def _from_front(position: Size, n: Size) -> Size:
 
 
 def _position(reader: MaskReader, facts: Facts, node: Node, item: Node, at: tuple[Index, ...]) -> Index:
+    if _dtype(item) not in (torch.int32, torch.int64):
+        raise Unreadable("an index that is a mask")
     value = reader.argument(facts, node, item, at)
     bounds = _bounds(value) if isinstance(value, Index) else None
     if bounds is None or not at_most(0, bounds[0]):
@@ -548,22 +662,21 @@ def triangular(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tup
     value = reader.read(facts, call["input"], at, node)
     if isinstance(value, Predicate):
         return inside & value
-    return _where(inside, value, Index(0))
+    return _where(inside, value, converted(Index(0), _dtype(node)))
 
 
 @_reads("where")
 def where(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
     condition = predicate(reader.argument(facts, node, call["condition"], at))
-    then = reader.argument(facts, node, call["input"], at)
-    otherwise = reader.argument(facts, node, call["other"], at)
-    return _as_dtype(_where(condition, then, otherwise), _dtype(node))
+    then, otherwise = (reader.converted(facts, node, call[name], at) for name in ("input", "other"))
+    return _where(condition, then, otherwise)
 
 
 @_reads("masked_fill")
 def masked_fill(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
     mask = predicate(reader.argument(facts, node, call["mask"], at))
-    fill = reader.argument(facts, node, call["value"], at)
-    return _as_dtype(_where(mask, fill, reader.argument(facts, node, call["input"], at)), _dtype(node))
+    fill, value = (reader.converted(facts, node, call[name], at) for name in ("value", "input"))
+    return _where(mask, fill, value)
 
 
 def _where(condition: Predicate, then: Value, otherwise: Value) -> Value:
@@ -576,13 +689,16 @@ def _where(condition: Predicate, then: Value, otherwise: Value) -> Value:
 def comparison(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
     """Both sides are compared in the type that torch gives them: in bfloat16, -9984 is -10000."""
     operands = [call["input"], call["other"]]
-    sides = (tensor(x) if tensor(x) is not None else x if isinstance(x, (bool, int, float)) else 0 for x in operands)
-    dtype = torch.result_type(*sides)  # type: ignore[arg-type]
+    dtype = _common_type(operands)
     values = [reader.argument(facts, node, x, at) for x in operands]
     if all(isinstance(value, Where) for value in values):  # four cases, where there may be one comparison
         values = [reader.integers(facts, node, x, at) for x in operands]
-    left, right = (_as_dtype(value, dtype) for value in values)
-    return predicate(apply(lambda a, b: _truth(compare(a, b, call.name)), left, right))
+
+    def relation(*sides: Index) -> Value:
+        left, right = (converted(x, dtype, tensor(operand) is None) for x, operand in zip(sides, operands))
+        return _truth(compare(left, right, call.name))
+
+    return predicate(apply(relation, *values))
 
 
 def _truth(value: Predicate) -> Value:
@@ -592,7 +708,7 @@ def _truth(value: Predicate) -> Value:
 @_reads("and", "or", "xor", "not")
 def logical(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
     terms = [call["input"]] if call.name == "not" else [call["input"], call["other"]]
-    if any(isinstance(term, Node) and tensor(term) is not None and tensor(term).dtype != torch.bool for term in terms):  # type: ignore[union-attr]
+    if any(dtype != torch.bool for dtype in (_dtype(node), _common_type(terms))):
         raise Unreadable("bits of integers")
     values = [predicate(reader.argument(facts, node, term, at)) for term in terms]
     if call.name == "not":
@@ -600,34 +716,74 @@ def logical(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[
     return {"and": operator.and_, "or": operator.or_, "xor": operator.xor}[call.name](*values)
 
 
-@_reads("add", "sub", "mul", "div", "neg", "pow", "sqrt", "rsqrt", "reciprocal")
+@_reads("add", "sub", "mul", "div", "neg", "pow", "sqrt", "rsqrt", "reciprocal", "floor_divide", "remainder")
 def arithmetic(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
+    """Chunks of keys and queries, as Llama-4 has them; masks that are multiplied by the lowest number."""
     if call.args.get("alpha", 1) != 1:
         raise Unreadable("alpha")
-    if call.args.get("rounding_mode") is not None:
-        return floor_division(reader, facts, node, call, at)
-    operands = [call[p] for p in ("input", "other", "exponent") if p in call.args]
-    values = [reader.argument(facts, node, value, at) for value in operands]
-    if tensor(node) is not None and tensor(node).dtype == torch.bool:  # type: ignore[union-attr]
-        values = [predicate(value) for value in values]
-        if call.name not in ("add", "mul") or not all(isinstance(value, Predicate) for value in values):
-            raise Unreadable("arithmetic of booleans")
-        return values[0] & values[1] if call.name == "mul" else values[0] | values[1]  # type: ignore[operator]
-    return _as_dtype(apply(_ARITHMETIC[call.name], *values), _dtype(node))
+    operands = [call[name] for name in ("input", "other", "exponent") if name in call.args]
+    name = {"floor": "floor_divide", None: call.name}.get(call.args.get("rounding_mode"))
+    if name is None:
+        raise Unreadable("a division that rounds to zero")
+    if _dtype(node) == _common_type(operands) == torch.bool and name in ("add", "mul"):
+        values = [predicate(reader.argument(facts, node, operand, at)) for operand in operands]
+        return reduce(operator.and_ if name == "mul" else operator.or_, values)
+    return reader.computed(facts, node, operands, at, _computation(name, node))
 
 
-@_reads("floor_divide", "remainder")
-def floor_division(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
-    """Chunks of keys and queries, as Llama-4 has them."""
-    if call.args.get("rounding_mode", "floor") != "floor":
-        raise Unreadable("a division that does not round down")
-    values = (reader.argument(facts, node, call[name], at) for name in ("input", "other"))
-    return _as_dtype(apply(_remainder if call.name == "remainder" else _quotient, *values), _dtype(node))
+def _computation(name: str, node: Node) -> Computation:
+    """An operation on numbers, which torch computes itself, or on positions, whose type must hold the result."""
+
+    def compute(values: list[Index], given: tuple[Index, ...], dtype: torch.dtype) -> Value:
+        if all(_is_number(value) for value in values):
+            found = _evaluated(name, values, given, dtype)
+            if found.dtype != _dtype(node) and not is_inplace(node):
+                raise Unreadable(f"{found.dtype} where {_dtype(node)} is computed")
+            return Index(found.item())
+        if name not in _OF_POSITIONS or (dtype != _dtype(node) and not is_inplace(node)):
+            raise Unreadable(f"{name} of positions")
+        if dtype in _HALF and any(value != before for value, before in zip(values, given)):
+            raise Unreadable(f"a number that {dtype} rounds")
+        return converted(_OF_POSITIONS[name](*map(_whole_number, values)), dtype)
+
+    return compute
+
+
+def _is_number(index: Index) -> bool:
+    return not index.terms and isinstance(index.offset, (bool, int, float))
+
+
+def _evaluated(name: str, values: list[Index], given: tuple[Index, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A function of numbers of one type, as torch computes it. Its ways to the same result may differ in rounding: with
+    vectors or one by one, a power by multiplications, and, of a number that a half precision type rounds, with what it
+    was before. It must not matter which of them is taken."""
+    numbers = [value.offset for value in values]
+    ways = [[torch.full((_MANY,), number, dtype=dtype, device="cpu") for number in numbers]]
+    ways.append([way[0] for way in ways[0]])
+    if name == "pow":
+        ways.append([ways[0][0], numbers[1]])
+    if dtype in _HALF:
+        ways.append([torch.tensor(value.offset, dtype=torch.float32, device="cpu") for value in given])
+    try:
+        with torch.no_grad():
+            first, *others = (getattr(torch, name)(*way) for way in ways)
+    except (RuntimeError, OverflowError) as error:
+        raise Unreadable(str(error)) from error
+    for other in (first, *others):
+        if not torch.equal(other.to(first.dtype).expand_as(first), first[0].expand_as(first)) and not (
+            other.isnan().all() and first.isnan().all()
+        ):
+            raise Unreadable(f"what {name} makes of numbers that {dtype} rounds")
+    return first[0]  # type: ignore[no-any-return]
+
+
+_MANY = 129
+"""More elements than a vector of any type has."""
 
 
 def _quotient(a: Index, b: Index) -> Index:
     divisor = b.offset
-    if b.terms or isinstance(divisor, bool) or not isinstance(divisor, int) or divisor <= 0 or not _integral(a.offset):
+    if b.terms or not isinstance(divisor, int) or divisor <= 0 or not _integral(a.offset):
         raise Unreadable("a division by what is not a positive number")
     if not any(a.values()):  # else the sum may wrap around
         bounds = _bounds(a)
@@ -649,21 +805,27 @@ def _remainder(a: Index, b: Index) -> Index:
 @_reads("abs")
 def absolute(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
     """Symmetric windows."""
-    value = reader.argument(facts, node, call["input"], at)
-    return _as_dtype(apply(lambda a: _where(compare(a, Index(0), "ge"), a, -a), value), _dtype(node))
+
+    def magnitude(values: list[Index], given: tuple[Index, ...], dtype: torch.dtype) -> Value:
+        (a,) = values
+        if _is_number(a):
+            return Index(_evaluated("abs", values, given, dtype).item())
+        return as_dtype(_where(compare(a, Index(0), "ge"), a, -a), dtype)
+
+    return reader.computed(facts, node, [call["input"]], at, magnitude)
 
 
 @_reads("maximum", "minimum")
 def extremum(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
-    values = (_as_dtype(reader.argument(facts, node, call[name], at), _dtype(node)) for name in ("input", "other"))
     first = "ge" if call.name == "maximum" else "le"
 
-    def greatest(a: Index, b: Index) -> Value:
-        if a.offset != a.offset or b.offset != b.offset:
-            raise Unreadable("not a number")
+    def greatest(values: list[Index], given: tuple[Index, ...], dtype: torch.dtype) -> Value:
+        if all(_is_number(value) for value in values):
+            return Index(_evaluated(call.name, values, given, dtype).item())
+        a, b = values
         return _where(compare(a, b, first), a, b)
 
-    return apply(greatest, *values)
+    return reader.computed(facts, node, [call["input"], call["other"]], at, greatest)
 
 
 def _product(a: Index, b: Index) -> Index:
@@ -673,28 +835,13 @@ def _product(a: Index, b: Index) -> Index:
     raise Unreadable("a product of positions")
 
 
-def _numbers(function: Callable[..., float]) -> Callable[..., Index]:
-    def apply_to_numbers(*values: Index) -> Index:
-        if any(value.terms or isinstance(value.offset, sympy.Expr) for value in values):
-            raise Unreadable("a function of positions")
-        try:
-            return Index(function(*(value.offset for value in values)))
-        except (ValueError, ZeroDivisionError, OverflowError) as error:
-            raise Unreadable(str(error)) from error
-
-    return apply_to_numbers
-
-
-_ARITHMETIC: dict[str, Callable[..., Index]] = {
+_OF_POSITIONS: dict[str, Callable[..., Index]] = {
     "add": operator.add,
     "sub": lambda a, b: a + -b,
     "neg": operator.neg,
     "mul": _product,
-    "div": _numbers(operator.truediv),
-    "pow": _numbers(operator.pow),
-    "sqrt": _numbers(math.sqrt),
-    "rsqrt": _numbers(lambda x: 1 / math.sqrt(x)),
-    "reciprocal": _numbers(lambda x: 1 / x),
+    "floor_divide": _quotient,
+    "remainder": _remainder,
 }
 
 
@@ -705,17 +852,23 @@ def difference(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tup
     if call["n"] != 1 or call["append"] is not None:
         raise Unreadable("a difference of higher order")
 
-    def step(of: Node, where: Index) -> Value:
-        return reader.read(facts, of, (*at[:axis], where, *at[axis + 1 :]), node)
+    def element(of: Node, where: Index) -> Value:
+        return as_dtype(reader.read(facts, of, (*at[:axis], where, *at[axis + 1 :]), node), _dtype(node))
 
-    here = step(call["input"], at[axis])
+    def step(after: Value, before: Value) -> Value:
+        if isinstance(after, Predicate) and isinstance(before, Predicate):
+            return after ^ before
+        subtract = _computation("sub", node)
+        return apply(lambda *values: subtract([*values], values, _dtype(node)), after, before)
+
+    here = element(call["input"], at[axis])
     if call["prepend"] is None:
-        return apply(lambda a, b: a + -b, step(call["input"], at[axis] + Index(1)), here)
+        return step(element(call["input"], at[axis] + Index(1)), here)
     if shape(call["prepend"])[axis] != 1:
         raise Unreadable("more than one element before the first")
-    first = apply(lambda a, b: a + -b, step(call["input"], Index()), step(call["prepend"], Index()))
-    later = apply(lambda a, b: a + -b, here, step(call["input"], at[axis] + Index(-1)))
-    if first != later:
+    first = step(element(call["input"], Index()), element(call["prepend"], Index()))
+    later = step(here, element(call["input"], at[axis] + Index(-1)))
+    if not _is_one(first, later):
         raise Unreadable("uneven steps")
     return later
 
@@ -723,6 +876,6 @@ def difference(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tup
 @_reads("cumsum")
 def cumulated(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
     value = reader.read(facts, call["input"], at, node)
-    if value in (NO_KEY, Index(0), Index(False)):
-        return Index(0)
+    if value == NO_KEY or (isinstance(value, Index) and _is_number(value) and value.offset == 0):
+        return converted(Index(0), _dtype(node))
     raise Unreadable("a running sum")
