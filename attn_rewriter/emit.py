@@ -28,9 +28,6 @@ def emit(site: Site, found: Description, kernel: Kernel, device: Device, facts: 
     expected = tensor(output)
     assert expected is not None
     try:
-        autocast = facts.autocast(output, expected.device.type)
-        if autocast is not None and found.shapes.dtype not in (autocast, torch.float64):
-            refuse("emit", f"autocast would compute in {autocast} what needs {found.shapes.dtype}", output)
         with Splice(facts, output, site.anchor) as splice:
             exposed = _exposed(found, facts)
 
@@ -56,6 +53,16 @@ def emit(site: Site, found: Description, kernel: Kernel, device: Device, facts: 
         return Refusal("emit", "the kernel would decide by a size that only the run knows", output)
     fused.meta["attn_rewriter"] = kernel.name
     return fused
+
+
+def narrowed(site: Site, found: Description, facts: Facts) -> Refusal | None:
+    """Why a fused call in the place of a site would be less exact: autocast would round its operands."""
+    output = tensor(site.output)
+    assert output is not None
+    autocast = facts.autocast(site.output, output.device.type)
+    if autocast is None or found.shapes.dtype in (autocast, torch.float64):
+        return None
+    return Refusal("emit", f"autocast would compute in {autocast} what needs {found.shapes.dtype}", site.output)
 
 
 def _leaves(node: Node, facts: Facts) -> bool:

@@ -20,7 +20,7 @@ from attn_rewriter.context_parallel import ring
 from attn_rewriter.describe import Description, describe
 from attn_rewriter.device import Device
 from attn_rewriter.distribute import distribute
-from attn_rewriter.emit import emit
+from attn_rewriter.emit import emit, narrowed
 from attn_rewriter.errors import KernelUnavailable, Refusal, RewriteError
 from attn_rewriter.find import Site, find
 from attn_rewriter.graph import Facts, erase_unused, module_path, source, tensor
@@ -81,10 +81,14 @@ def rewrite(gm: GraphModule, settings: Settings, checks: Checks | None = None) -
 
 def graphs(gm: GraphModule, settings: Settings) -> Iterator[Facts]:
     """The graph, then the bodies that it calls, each with its multi-head attention calls opened and without what
-    nobody uses, or wants."""
+    nobody uses, or wants; but for those in which nothing is rewritten."""
     queue = [Facts(gm.graph, dict(gm.named_children()))]
     while queue:
         facts = queue.pop()
+        if facts.obstacle:
+            queue += facts.bodies()
+            yield facts
+            continue
         opened = lower(facts)
         withheld = facts.outer is None and settings.keep_weights is not None and withhold(facts, settings.keep_weights)
         if erase_unused(facts.graph) or opened or withheld:
@@ -153,6 +157,8 @@ def _guarded(report: SiteReport, site: Site, settings: Settings, stage: Callable
 def _planned(
     site: Site, facts: Facts, settings: Settings, check: Check | None, unread: SiteReport
 ) -> Plan | SiteReport:
+    if facts.obstacle:
+        return replace(unread, refusals=(Refusal("find", facts.obstacle, site.anchor),))
     if site.kind == "mha":
         reason = obstacle(site.anchor, site.call) or "it could not be opened"
         return replace(unread, refusals=(Refusal("lower", reason, site.anchor),))
@@ -162,6 +168,8 @@ def _planned(
     found = site.refusal or describe(site, facts)
     if isinstance(found, Refusal):
         return replace(unread, refusals=(found,))
+    if refused := narrowed(site, found, facts):
+        return replace(unread, spec=found.spec, shapes=found.shapes, refusals=(refused,))
     output = tensor(site.output)
     assert output is not None
     device = settings.device or Device.of(output.device)

@@ -66,18 +66,19 @@ class Splice:
         for node in self.nodes:
             if "example_value" not in node.meta:
                 node.meta.update({key: self.origin.meta[key] for key in _ORIGIN if key in self.origin.meta})
-                with self._autocast():
+                with self._region():
                     node.meta["example_value"] = run(node, self.mode)
         held = proxy.node.meta["example_value"]
         assert isinstance(held, torch.Tensor)
         return held
 
-    def _autocast(self) -> ExitStack:
-        """The autocast regions of the graph that this place is in."""
-        stack = ExitStack()
-        for context in self.facts.region(self.before).contexts:
-            if context.target is torch.amp.autocast_mode._enter_autocast:
-                stack.enter_context(torch.autocast(*context.args))  # type: ignore[arg-type]
+    def _region(self) -> ExitStack:
+        """What runs in this place runs under: autocast as the graph says, with gradients or without."""
+        stack, region = ExitStack(), self.facts.region(self.before)
+        for autocast in region.autocasts:
+            stack.enter_context(torch.autocast(*autocast))
+        if region.grad is not None:
+            stack.enter_context(torch.set_grad_enabled(region.grad))
         return stack
 
     def as_type(self, proxy: Any, dtype: torch.dtype) -> Any:
