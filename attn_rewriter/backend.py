@@ -187,8 +187,7 @@ class Backend:
 
     def reset(self) -> None:
         """Called by `torch._dynamo.reset()`."""
-        if hasattr(self._compile, "reset"):
-            self._compile.reset()
+        self._compile.reset()
 
 
 def _is_a_failure(error: Exception) -> bool:
