@@ -14,9 +14,9 @@ from torch._dynamo.exc import ShortenTraceback, TorchDynamoException
 from torch.autograd.graph import saved_tensors_hooks
 from torch.fx import GraphModule
 
-from attn_rewriter.buffers import Buffers, copied, forget, note
+from attn_rewriter.buffers import Buffers, copied, forget, kept, note
 from attn_rewriter.choose import requested
-from attn_rewriter.compilers import compiled_again, compiler_of, compiling
+from attn_rewriter.compilers import NAME, compiled_again, compiler_of, compiling
 from attn_rewriter.context_parallel import ring
 from attn_rewriter.device import Device
 from attn_rewriter.device_map import trace_moves
@@ -46,6 +46,8 @@ class Backend:
     Where it only `looks`, for `explain`, graphs are rewritten as for their compiler, but run as they were. A `device`
     imagines another one; then, `dry`, kernels are chosen, and no graph is rewritten.
     """
+
+    __name__ = NAME  # see `compilers.Again`
 
     def __init__(
         self,
@@ -100,7 +102,7 @@ class Backend:
             # Where Dynamo gives up, after too many compilations or an error, it runs the model as it is: here wrongly.
             torch._dynamo.config.fail_on_recompile_limit_hit = True
             torch._dynamo.config.suppress_errors = False
-        original = copied(gm) if self._looks else gm
+        original = kept(gm) if self._looks else gm
         with Buffers(gm, example_inputs, weakly) as buffers:
             masks = self._handed_on(gm)
             compiled = self._unguarded(gm, example_inputs, settings, **kwargs)
@@ -144,7 +146,7 @@ class Backend:
         if checks is None and self.options.verify and ring() is None:  # whose keys are not here
             checks = verify(gm, example_inputs, settings)
         falls_back = not (settings.strict or self._looks or requested(settings.kernel) or ring())
-        original = copied(gm) if falls_back else gm
+        original = kept(gm) if falls_back else gm
         # What is tried on fake tensors is nothing that a checkpoint around the compiled function should count.
         with saved_tensors_hooks(lambda x: x, lambda x: x):
             report = rewrite(gm, settings, checks)

@@ -15,11 +15,10 @@ from torch.fx.proxy import GraphAppendingTracer
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
+from attn_rewriter.buffers import ORIGIN
 from attn_rewriter.errors import refuse
 from attn_rewriter.graph import Facts, is_pure, size, tensor
 from attn_rewriter.spec import Size, same
-
-_ORIGIN = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
 
 class Splice:
@@ -65,7 +64,7 @@ class Splice:
         """The fake value of a stand-in."""
         for node in self.nodes:
             if "example_value" not in node.meta:
-                node.meta.update({key: self.origin.meta[key] for key in _ORIGIN if key in self.origin.meta})
+                node.meta.update({key: self.origin.meta[key] for key in ORIGIN if key in self.origin.meta})
                 with self._region():
                     node.meta["example_value"] = run(node, self.mode)
         held = proxy.node.meta["example_value"]
