@@ -15,7 +15,7 @@ once more, for all noted masks that hold zero and a number that masks, wherever 
 the graph that is compiled once more, buffers are inputs like any other.)
 
 And what was rewritten within `context_parallel()` computes nothing else outside of it, nor the other way round: a call
-from elsewhere compiles the graph as it was before, there.
+from elsewhere compiles the graph as it was before, there. So does one where a level of forward-mode AD is alive.
 
 A tensor's state has its version, which counts every write that PyTorch sees, and where in which memory it lies: memory
 can be exchanged (`x.data = y`, `set_`, `swap_tensors`) or moved (`resize_`) without a write. PyTorch does not see what
@@ -36,7 +36,7 @@ from torch.fx import GraphModule, Node
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from attn_rewriter.context_parallel import Ring, ring
-from attn_rewriter.errors import RewriteError
+from attn_rewriter.forward_ad import forward_gradients
 
 Compiled = Callable[..., Any]
 Recompile = Callable[[GraphModule], Compiled]
@@ -166,9 +166,8 @@ class Memory:
 class Buffer:
     """One buffer among the inputs of a graph. `read` says what it holds, and from then on `holds` must be asked."""
 
-    def __init__(self, tensor: torch.Tensor, before_reading: Callable[[], None], weakly: bool = False) -> None:
+    def __init__(self, tensor: torch.Tensor, weakly: bool = False) -> None:
         self._tensor: torch.Tensor | None = tensor
-        self._before_reading = before_reading
         self._weakly = weakly
         self._contents: Contents | None = None
         self._seen = Memory()
@@ -182,9 +181,7 @@ class Buffer:
                 self._contents = contents(self._tensor, self._weakly)
                 self._seen.keep(self._tensor, state, self._contents)
             self._tensor = None
-        if self._contents is not None and not self.is_read:
-            self._before_reading()
-            self.is_read = True
+        self.is_read = self._contents is not None
         return self._contents
 
     def close(self) -> None:
@@ -226,15 +223,12 @@ def noted(tensor: Any) -> Any:
 class HandedOn:
     """An input that another graph made, and what is known about it: as a `Buffer`, but for how it is known."""
 
-    def __init__(self, held: Contents, before_reading: Callable[[], None]) -> None:
+    def __init__(self, held: Contents) -> None:
         self._contents = held
-        self._before_reading = before_reading
         self.is_read = False
 
     def read(self) -> Contents:
-        if not self.is_read:
-            self._before_reading()
-            self.is_read = True
+        self.is_read = True
         return self._contents
 
     def close(self) -> None:
@@ -244,28 +238,28 @@ class HandedOn:
         return noted(tensor) == self._contents
 
 
+def _around() -> tuple[Ring | None, bool]:
+    """What a graph is compiled for besides its inputs, and Dynamo does not guard on: the ring of `context_parallel()`,
+    and whether a level of forward-mode AD is alive."""
+    return ring(), forward_gradients()
+
+
 class Buffers:
-    """The buffers and the known masks among the inputs of a graph, which `buffer_of` finds while it is rewritten."""
+    """The buffers and the known masks among the inputs of a graph, which `buffer_of` finds while it is rewritten.
+    `original` is the graph as it was before."""
 
     def __init__(self, gm: GraphModule, example_inputs: Sequence[Any], weakly: bool = False) -> None:
         self.gm = gm
-        self.original: GraphModule | None = None
-        self._ring = ring()
+        self.original = kept(gm)
+        self._here = _around()
         self._inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
         self._buffers: dict[int, Buffer | HandedOn] = {}
         for i, (node, given) in enumerate(zip(self._inputs, example_inputs)):
             held = noted(given)
             if isinstance(held, Contents) and not weakly:
-                self._buffers[i] = HandedOn(held, self._keep_original)
+                self._buffers[i] = HandedOn(held)
             elif type(given) is torch.Tensor and (held is not None or _is_buffer(node)):
-                self._buffers[i] = Buffer(given, self._keep_original, weakly)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            self._keep_original()
-
-    def _keep_original(self) -> None:
-        """The graph, before the first site is rewritten by a buffer's contents."""
-        if self.original is None:
-            self.original = kept(self.gm)
+                self._buffers[i] = Buffer(given, weakly)
 
     def __enter__(self) -> Buffers:
         for i, buffer in self._buffers.items():
@@ -279,22 +273,17 @@ class Buffers:
             buffer.close()
 
     def guarded(self, compiled: Compiled, compile_elsewhere: Recompile, compile_original: Recompile) -> Compiled:
-        """A call of `compiled` where all that was read still holds. Within another ring, or none, the original graph is
-        compiled there; where an input holds something else, `compile_original` compiles it."""
-        original, here = self.original, self._ring
+        """A call of `compiled` where all that was read still holds. Where something else is around, the original graph
+        is compiled there; where an input holds something else, `compile_original` compiles it."""
+        original, here = self.original, self._here
         trusted = [(i, buffer) for i, buffer in self._buffers.items() if buffer.is_read]
-        others: dict[Ring | None, Compiled] = {}
+        others: dict[Any, Compiled] = {}
 
         def call(*args: Any) -> Any:
-            around = ring()
+            around = _around()
             if around == here and all(buffer.holds(args[i]) for i, buffer in trusted):
                 return compiled(*args)
             if around not in others:
-                if original is None:
-                    raise RewriteError(
-                        "this was compiled before torch.distributed was initialised, and is called within "
-                        "context_parallel(): call torch.compiler.reset() before"
-                    )
                 again = compile_original if around == here else compile_elsewhere
                 others[around] = again(copied(original))  # Dynamo would take the same code for compiled already
             return others[around](*args)

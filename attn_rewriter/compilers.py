@@ -18,6 +18,9 @@ from attn_rewriter.inductor import kept_out, without_attention_patterns
 from attn_rewriter.options import Options
 from attn_rewriter.progress import name_of, working
 
+WITHOUT_AOT = frozenset({"eager", "eager_noexcept", "eager_debug", "pre_dispatch_eager"})
+"""Compilers that run the graph under PyTorch's autograd. (One that is given as a callable may do so.)"""
+
 
 @dataclass(frozen=True)
 class CompilerOfOurs:

@@ -134,11 +134,13 @@ def share(facts: Facts) -> None:
     """Let each of the equal views and moves, and of the equal calls of functions with `is_shared`, that were put into a
     graph be computed once: layers have the same mask."""
     first: dict[Any, Node] = {}
-    for node in [*facts.inserted]:
+    inserted = {*facts.inserted}
+    # In the order of the graph, whichever site was rewritten first: the first of equal nodes is before all their users.
+    for node in [node for node in facts.graph.nodes if node in inserted]:
         found = facts.call(node)
         if not (found is not None and found.name in _VIEWS) and not getattr(node.target, "is_shared", False):
             continue
-        if node._erased or not all(map(facts.unchanged, (node, *node.all_input_nodes))):
+        if not all(map(facts.unchanged, (node, *node.all_input_nodes))):
             continue
         key = (node.target, repr(torch.fx.map_arg((node.args, node.kwargs), _told_apart)), facts.region(node))
         held = first.setdefault(key, node)
