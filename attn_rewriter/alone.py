@@ -13,6 +13,7 @@ from torch.fx import Graph, GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from attn_rewriter.device import Device
+from attn_rewriter.inductor import without_attention_patterns
 from attn_rewriter.kernels import Kernel
 from attn_rewriter.spec import AttentionSpec, Shapes, Size
 
@@ -56,7 +57,7 @@ def _compiled(function: Callable[..., torch.Tensor], args: Sequence[Any]) -> Cal
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
     # The backward pass is compiled now: by the time it is asked for, it would be within Dynamo's own compilation.
     now = torch._functorch.config.patch(force_non_lazy_backward_lowering=True)
-    with now, tracing(TracingContext(mode)):
+    with now, without_attention_patterns(), tracing(TracingContext(mode)):
         inputs = [mode.from_tensor(x, static_shapes=True) if isinstance(x, torch.Tensor) else x for x in args]
         compiled: Any = compile_fx(GraphModule({}, graph), inputs)
     return lambda *args: compiled(*args)[0]

@@ -180,6 +180,7 @@ def _about(found: Description, device: Device, names: Sequence[str]) -> dict[str
         "spec": repr(found.spec),
         "shapes": repr(shapes),
         "kernels": sorted(names),
+        "deterministic": torch.get_deterministic_debug_mode(),
     }
 
 

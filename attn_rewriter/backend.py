@@ -14,9 +14,9 @@ from torch._dynamo.exc import ShortenTraceback, TorchDynamoException
 from torch.autograd.graph import saved_tensors_hooks
 from torch.fx import GraphModule
 
-from attn_rewriter.buffers import Buffers, copied, forget, note
+from attn_rewriter.buffers import Buffers, copied, forget, kept, note
 from attn_rewriter.choose import requested
-from attn_rewriter.compilers import compiled_again, compiler_of, compiling
+from attn_rewriter.compilers import NAME, WITHOUT_AOT, compiled_again, compiler_of, compiling
 from attn_rewriter.context_parallel import ring
 from attn_rewriter.device import Device
 from attn_rewriter.device_map import trace_moves
@@ -48,6 +48,8 @@ class Backend:
     imagines another one; then, `dry`, kernels are chosen, and no graph is rewritten.
     """
 
+    __name__ = NAME  # see `compilers.Again`
+
     def __init__(
         self,
         options: Options | None = None,
@@ -66,6 +68,7 @@ class Backend:
             strict=self.options.strict,
             dry=dry,
             inductor=inductor,
+            twice=callable(self.options.compiler) or self.options.compiler in WITHOUT_AOT,
             autotune=autotune,
             keep_weights=None if keep_weights is None else tuple(keep_weights),
         )
@@ -101,12 +104,11 @@ class Backend:
             # Where Dynamo gives up, after too many compilations or an error, it runs the model as it is: here wrongly.
             torch._dynamo.config.fail_on_recompile_limit_hit = True
             torch._dynamo.config.suppress_errors = False
-        original = copied(gm) if self._looks else gm
         with Buffers(gm, example_inputs, weakly) as buffers:
             masks = self._handed_on(gm)
-            compiled = self._unguarded(gm, example_inputs, settings, **kwargs)
+            compiled = self._unguarded(gm, example_inputs, settings, buffers.original, **kwargs)
         if self._looks:
-            return original.forward
+            return buffers.original.forward
         compiled = noting(masks, compiled) if masks else compiled
         if masks or self._reports[-1].n_sites:
             # Traced once more, so that Dynamo's own guards watch over whatever its compilation takes for granted.
@@ -118,12 +120,18 @@ class Backend:
         return compiled
 
     def _unguarded(
-        self, gm: GraphModule, example_inputs: Sequence[Any], settings: Settings, **kwargs: Any
+        self,
+        gm: GraphModule,
+        example_inputs: Sequence[Any],
+        settings: Settings,
+        original: GraphModule | None = None,
+        **kwargs: Any,
     ) -> Callable[..., Any]:
+        original = original or kept(gm)
         if self.options.verify != "always":
-            return self._rewritten(gm, example_inputs, settings, **kwargs)
-        original = copied(gm)  # while its buffers are known
-        return self._watched(self._rewritten(gm, example_inputs, settings, **kwargs), original, settings)
+            return self._rewritten(gm, example_inputs, settings, original, **kwargs)
+        watched = copied(gm)  # while its buffers are known
+        return self._watched(self._rewritten(gm, example_inputs, settings, original, **kwargs), watched, settings)
 
     def _handed_on(self, gm: GraphModule) -> dict[int, Any]:
         try:
@@ -139,14 +147,16 @@ class Backend:
         gm: GraphModule,
         example_inputs: Sequence[Any],
         settings: Settings,
+        original: GraphModule | None = None,
         checks: Checks | None = None,
         **kwargs: Any,
     ) -> Callable[..., Any]:
+        """`original` is a copy of the graph, for where its compiler fails."""
+        original = original or kept(gm)
         if checks is None and self.options.verify in (True, "always") and ring() is None:  # whose keys are not here
             checks = verify(gm, example_inputs, settings)
         opinions = Opinions(example_inputs) if self.options.verify and ring() is None and not settings.dry else None
         falls_back = not (settings.strict or self._looks or requested(settings.kernel) or ring())
-        original = copied(gm) if falls_back else gm
         # What is tried on fake tensors is nothing that a checkpoint around the compiled function should count.
         with saved_tensors_hooks(lambda x: x, lambda x: x):
             report = rewrite(gm, settings, checks, opinions)
@@ -167,7 +177,7 @@ class Backend:
             f"{next(site.place for site in report.sites if site.kernel)}, after an error of its compiler: {said}",
             stacklevel=2,
         )
-        return compiled_again(original, self._compile)  # traced once more: what failed may have left traces
+        return compiled_again(copied(original), self._compile)  # traced once more: what failed may have left traces
 
     def _watched(self, compiled: Callable[..., Any], original: GraphModule, settings: Settings) -> Callable[..., Any]:
         """A compiled graph whose sites are checked at each call after the first."""
@@ -189,8 +199,7 @@ class Backend:
 
     def reset(self) -> None:
         """Called by `torch._dynamo.reset()`."""
-        if hasattr(self._compile, "reset"):
-            self._compile.reset()
+        self._compile.reset()
 
 
 def _is_a_failure(error: Exception) -> bool:

@@ -2,11 +2,11 @@
 
 Models of the GPT-2 era register their causal mask as a buffer. What it holds is known when a graph is compiled, but
 not that it stays so. So every call of a graph that was rewritten by a buffer's contents checks that it still has the
-very tensor that was read, at the version it had then; another tensor, or another version, is read again and must say
-the same. Where it does not, the graph as it was before is compiled and called instead.
+very tensor that was read, in the state that it was in then (`State`); another tensor, or another state, is read again
+and must say the same. Where it does not, the graph as it was before is compiled and called instead.
 
 A mask that another graph made is known by what was proved there (`handed_on.py`), which every call of that graph notes
-about the very tensor that it returns, at its version. Here too every call checks that it was handed such a tensor.
+about the very tensor that it returns, in its state. Here too every call checks that it was handed such a tensor.
 Where nothing was proved but that it is a mask, as one that depends on the positions that a model is given, it is read
 as buffers are, once for each mask: the layers of a model share one.
 
@@ -15,9 +15,11 @@ once more, for all noted masks that hold zero and a number that masks, wherever 
 the graph that is compiled once more, buffers are inputs like any other.)
 
 And what was rewritten within `context_parallel()` computes nothing else outside of it, nor the other way round: a call
-from elsewhere compiles the graph as it was before, there.
+from elsewhere compiles the graph as it was before, there. So does one where a level of forward-mode AD is alive.
 
-A version counts every write that PyTorch sees. It does not see what is written through `buffer.data`, or through
+A tensor's state has its version, which counts every write that PyTorch sees, and where in which memory it lies: memory
+can be exchanged (`x.data = y`, `set_`, `swap_tensors`) or moved (`resize_`) without a write. PyTorch does not see what
+is written through `buffer.data`, or through
 memory that a tensor shares with something else (NumPy, another process): after such a write, call
 `torch.compiler.reset()`, as for anything else that `torch.compile` takes to be constant.
 """
@@ -25,16 +27,16 @@ memory that a tensor shares with something else (NumPy, another process): after 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from attn_rewriter.context_parallel import Ring, ring
-from attn_rewriter.errors import RewriteError
+from attn_rewriter.forward_ad import forward_gradients
 
 Compiled = Callable[..., Any]
 Recompile = Callable[[GraphModule], Compiled]
@@ -103,114 +105,161 @@ def _banded(tensor: torch.Tensor) -> Contents | None:
     return None
 
 
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+
+class State(NamedTuple):
+    """All that must be the same for a tensor to hold what it held."""
+
+    storage: int  # the address, of which a `Memory` sees to it that it is not another one's
+    version: int
+    address: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+    negated: bool
+
+    @staticmethod
+    def of(tensor: Any) -> State | None:
+        """None for tensors that do not say when they change, or are no plain tensors."""
+        if type(tensor) is not torch.Tensor or tensor.is_inference() or _is_wrapped(tensor):
+            return None
+        if tensor.layout != torch.strided:
+            return None
+        memory = tensor.untyped_storage()._cdata, tensor._version, tensor.data_ptr()
+        offset = int(tensor.storage_offset())
+        return State(*memory, tensor.shape, tensor.stride(), offset, tensor.dtype, tensor.is_neg())
+
+
+class Memory:
+    """What was said of tensors, for as long as they are in the state that they were in.
+
+    It holds no reference to a tensor, as PyTorch exchanges none that anybody has a weak reference to
+    (`torch.utils.swap_tensors`), and writes nothing on it, as that would be pickled with a model. A tensor is known by
+    its identity and its storage. Of that it has a weak reference, so that no other storage gets the same address while
+    it is remembered; a tensor that got the identity of another one has another storage, or is in another state.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[int, tuple[StorageWeakRef, State, Any]] = {}
+        self._enough = 64
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def keep(self, tensor: torch.Tensor, state: State, said: Any) -> None:
+        """Say something of a tensor in a state that it was in before anybody looked at it."""
+        if len(self._held) >= self._enough:
+            self._held = {key: held for key, held in [*self._held.items()] if not held[0].expired()}
+            self._enough = max(64, 2 * len(self._held))
+        storage = tensor.untyped_storage()
+        if storage._cdata == state.storage:
+            self._held[id(tensor)] = StorageWeakRef(storage), state, said
+
+    def said(self, tensor: Any, state: State) -> Any:
+        """What was said of a tensor in this state, which it is in now; None where nothing was."""
+        _, known, said = self._held.get(id(tensor), (None, None, None))
+        return said if known == state else None
+
+
 class Buffer:
     """One buffer among the inputs of a graph. `read` says what it holds, and from then on `holds` must be asked."""
 
-    def __init__(self, tensor: torch.Tensor, before_reading: Callable[[], None], weakly: bool = False) -> None:
+    def __init__(self, tensor: torch.Tensor, weakly: bool = False) -> None:
         self._tensor: torch.Tensor | None = tensor
-        self._before_reading = before_reading
         self._weakly = weakly
         self._contents: Contents | None = None
-        self._seen: Any = WeakIdKeyDictionary()
+        self._seen = Memory()
         self._retries = _RETRIES
         self.is_read = False
 
     def read(self) -> Contents | None:
         if self._tensor is not None:
-            mark = _mark(self._tensor)
-            self._contents = contents(self._tensor, self._weakly) if mark is not None else None
-            self._seen[self._tensor] = mark
+            state = State.of(self._tensor)
+            if state is not None:
+                self._contents = contents(self._tensor, self._weakly)
+                self._seen.keep(self._tensor, state, self._contents)
             self._tensor = None
-        if self._contents is not None and not self.is_read:
-            self._before_reading()
-            self.is_read = True
+        self.is_read = self._contents is not None
         return self._contents
+
+    def close(self) -> None:
+        """Nobody will read it any more."""
+        self._tensor = None
 
     def holds(self, tensor: Any) -> bool:
         """Whether a tensor holds what was read."""
-        mark = _mark(tensor)
-        if mark is None:
+        state = State.of(tensor)
+        if state is None:
             return False
-        if self._seen.get(tensor) == mark:
-            return True
         assert self._contents is not None
+        if self._seen.said(tensor, state) == self._contents:
+            return True
         if not self._retries or not self._contents.held_by(tensor):
             self._retries = max(0, self._retries - 1)
             return False
-        self._seen[tensor] = mark
+        self._seen.keep(tensor, state, self._contents)
         return True
-
-
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-
-
-def _mark(tensor: Any) -> tuple[Any, ...] | None:
-    """What changes when a tensor's contents do; None for tensors that do not say."""
-    if type(tensor) is not torch.Tensor or tensor.is_inference() or _is_wrapped(tensor):
-        return None
-    return tensor._version, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 UNPROVED = object()
 """What is said of a mask that has to be looked at."""
 
-_known: Any = WeakIdKeyDictionary()
+_known = Memory()
 
 
 def note(tensor: torch.Tensor, held: Any) -> None:
     """Say what a mask holds, as it is now: `Contents`, or `UNPROVED`."""
-    if not tensor.is_inference():
-        _known[tensor] = (tensor._version, held)
+    if (state := State.of(tensor)) is not None:
+        _known.keep(tensor, state, held)
 
 
 def noted(tensor: Any) -> Any:
-    """What was said that a tensor holds, if nobody has written into it since; None where nothing was said."""
-    if not isinstance(tensor, torch.Tensor) or tensor.is_inference() or _is_wrapped(tensor):
-        return None
-    version, held = _known.get(tensor, (None, None))
-    return held if version == tensor._version else None
+    """What was said that a tensor holds, if it is still in that state; None where nothing was said."""
+    return None if (state := State.of(tensor)) is None else _known.said(tensor, state)
 
 
 class HandedOn:
     """An input that another graph made, and what is known about it: as a `Buffer`, but for how it is known."""
 
-    def __init__(self, held: Contents, before_reading: Callable[[], None]) -> None:
+    def __init__(self, held: Contents) -> None:
         self._contents = held
-        self._before_reading = before_reading
         self.is_read = False
 
     def read(self) -> Contents:
-        if not self.is_read:
-            self._before_reading()
-            self.is_read = True
+        self.is_read = True
         return self._contents
+
+    def close(self) -> None:
+        """As a `Buffer`."""
 
     def holds(self, tensor: Any) -> bool:
         return noted(tensor) == self._contents
 
 
+def _around() -> tuple[Ring | None, bool]:
+    """What a graph is compiled for besides its inputs, and Dynamo does not guard on: the ring of `context_parallel()`,
+    and whether a level of forward-mode AD is alive."""
+    return ring(), forward_gradients()
+
+
 class Buffers:
-    """The buffers and the known masks among the inputs of a graph, which `buffer_of` finds while it is rewritten."""
+    """The buffers and the known masks among the inputs of a graph, which `buffer_of` finds while it is rewritten.
+    `original` is the graph as it was before."""
 
     def __init__(self, gm: GraphModule, example_inputs: Sequence[Any], weakly: bool = False) -> None:
         self.gm = gm
-        self.original: GraphModule | None = None
-        self._ring = ring()
+        self.original = kept(gm)
+        self._here = _around()
         self._inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
         self._buffers: dict[int, Buffer | HandedOn] = {}
         for i, (node, given) in enumerate(zip(self._inputs, example_inputs)):
             held = noted(given)
             if isinstance(held, Contents) and not weakly:
-                self._buffers[i] = HandedOn(held, self._keep_original)
+                self._buffers[i] = HandedOn(held)
             elif type(given) is torch.Tensor and (held is not None or _is_buffer(node)):
-                self._buffers[i] = Buffer(given, self._keep_original, weakly)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            self._keep_original()
-
-    def _keep_original(self) -> None:
-        """The graph, before the first site is rewritten by a buffer's contents."""
-        if self.original is None:
-            self.original = copied(self.gm)
+                self._buffers[i] = Buffer(given, weakly)
 
     def __enter__(self) -> Buffers:
         for i, buffer in self._buffers.items():
@@ -220,24 +269,21 @@ class Buffers:
     def __exit__(self, *_: Any) -> None:
         forget(self.gm)
         self._inputs.clear()
+        for buffer in self._buffers.values():
+            buffer.close()
 
     def guarded(self, compiled: Compiled, compile_elsewhere: Recompile, compile_original: Recompile) -> Compiled:
-        """A call of `compiled` where all that was read still holds. Within another ring, or none, the original graph is
-        compiled there; where an input holds something else, `compile_original` compiles it."""
-        original, here = self.original, self._ring
+        """A call of `compiled` where all that was read still holds. Where something else is around, the original graph
+        is compiled there; where an input holds something else, `compile_original` compiles it."""
+        original, here = self.original, self._here
         trusted = [(i, buffer) for i, buffer in self._buffers.items() if buffer.is_read]
-        others: dict[Ring | None, Compiled] = {}
+        others: dict[Any, Compiled] = {}
 
         def call(*args: Any) -> Any:
-            around = ring()
+            around = _around()
             if around == here and all(buffer.holds(args[i]) for i, buffer in trusted):
                 return compiled(*args)
             if around not in others:
-                if original is None:
-                    raise RewriteError(
-                        "this was compiled before torch.distributed was initialised, and is called within "
-                        "context_parallel(): call torch.compiler.reset() before"
-                    )
                 again = compile_original if around == here else compile_elsewhere
                 others[around] = again(copied(original))  # Dynamo would take the same code for compiled already
             return others[around](*args)
@@ -246,9 +292,31 @@ class Buffers:
 
 
 def copied(gm: GraphModule) -> GraphModule:
-    """A graph of its own, with the same tensors."""
+    """A graph of its own, with the same tensors; without Dynamo's weak references to those that it is called with."""
     held = [x for module in gm.modules() for x in (*vars(module).values(), *module.buffers(), *module.parameters())]
-    return copy.deepcopy(gm, {id(x): x for x in held if isinstance(x, torch.Tensor)})
+    made = copy.deepcopy(gm, {id(x): x for x in held if isinstance(x, torch.Tensor)})
+    for node in _nodes(made):
+        node.meta.pop("grapharg", None)
+    return made
+
+
+def kept(gm: GraphModule) -> GraphModule:
+    """A copy that may be kept until it is traced once more: nothing is known of its values any more, as these hold
+    what PyTorch knew of all tensors while it compiled."""
+    made = copied(gm)
+    for node in _nodes(made):
+        node.meta = {key: node.meta[key] for key in ORIGIN if key in node.meta}
+    return made
+
+
+ORIGIN = ("stack_trace", "nn_module_stack", "source_fn_stack")
+"""What Dynamo says of where in the model a node comes from."""
+
+
+def _nodes(gm: GraphModule) -> Iterator[Node]:
+    for module in gm.modules():
+        if isinstance(module, GraphModule):
+            yield from module.graph.nodes
 
 
 def buffer_of(node: Node) -> Buffer | HandedOn | None:

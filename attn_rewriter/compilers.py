@@ -5,25 +5,53 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch._dynamo.callback import CallbackArgs, CallbackTrigger, callback_handler
 from torch._guards import CompileContext
 from torch.fx import GraphModule
 
+from attn_rewriter.inductor import kept_out, without_attention_patterns
 from attn_rewriter.options import Options
 from attn_rewriter.progress import name_of, working
 
+WITHOUT_AOT = frozenset({"eager", "eager_noexcept", "eager_debug", "pre_dispatch_eager"})
+"""Compilers that run the graph under PyTorch's autograd. (One that is given as a callable may do so.)"""
 
-def compiler_of(options: Options) -> Callable[..., Any]:
+
+@dataclass(frozen=True)
+class CompilerOfOurs:
+    """A compiler, called so that Inductor, if it is that or calls it, does not look for attention once more."""
+
+    compile: Callable[..., Any]
+
+    def __call__(self, gm: GraphModule, example_inputs: Any, **kwargs: Any) -> Any:
+        with without_attention_patterns():
+            return self.compile(gm, example_inputs, **kwargs)
+
+    def reset(self) -> None:
+        """Called by `torch._dynamo.reset()`."""
+        if hasattr(self.compile, "reset"):
+            self.compile.reset()
+
+
+def compiler_of(options: Options) -> CompilerOfOurs:
     """The compiler that the options name, with its own mode and options: it takes a graph and example inputs."""
+    return CompilerOfOurs(_named(options))
+
+
+def _named(options: Options) -> Callable[..., Any]:
     if callable(options.compiler):
         return options.compiler
     if options.compiler == "inductor":
         # What torch.compile itself makes of its mode and options.
-        return torch._TorchCompileInductorWrapper(options.mode, dict(options.compiler_options), None)
+        compiler = torch._TorchCompileInductorWrapper(options.mode, dict(options.compiler_options), None)
+        if any(name.startswith("joint_custom_") for name in compiler.config):  # which replace those of the process
+            compiler.config = kept_out(compiler.config)
+        return compiler
     given: dict[str, Any] = {}
     if options.mode not in (None, "default"):
         given["mode"] = options.mode
@@ -48,7 +76,23 @@ def compiled_again(graph: GraphModule, backend: Callable[..., Any]) -> Callable[
     def forward(*args: Any) -> Any:
         return graph(*args)
 
-    return torch.compile(with_own_code(forward), backend=backend)
+    return torch.compile(with_own_code(forward), backend=Again(backend))
+
+
+NAME = "attn_rewriter"
+
+
+@dataclass(frozen=True)
+class Again:
+    """A backend for graphs of ours."""
+
+    backend: Callable[..., Any]
+    __name__: ClassVar[str] = NAME
+    """By its name Dynamo knows a registered backend (2.13): after a compilation it then lets go of its weak references
+    to the inputs, which would keep PyTorch from exchanging them (`torch.utils.swap_tensors`)."""
+
+    def __call__(self, gm: GraphModule, example_inputs: Any, **kwargs: Any) -> Any:
+        return self.backend(gm, example_inputs, **kwargs)
 
 
 @contextmanager

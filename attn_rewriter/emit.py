@@ -17,20 +17,21 @@ from attn_rewriter.find import Site
 from attn_rewriter.graph import Facts, call, size, tensor
 from attn_rewriter.kernels import Kernel
 from attn_rewriter.kernels.blocks import AsNode, in_memory
+from attn_rewriter.kernels.twice import twice_differentiable
 from attn_rewriter.patterns.axes import Step, extent, plan
 from attn_rewriter.spec import Size, same
 from attn_rewriter.splice import Splice, run
 
 
-def emit(site: Site, found: Description, kernel: Kernel, device: Device, facts: Facts) -> Node | Refusal:
-    """Rewrite one site and return the fused call. On a refusal or an exception the graph is as it was."""
+def emit(
+    site: Site, found: Description, kernel: Kernel, device: Device, facts: Facts, twice: bool = False
+) -> Node | Refusal:
+    """Rewrite one site, so that it can be differentiated `twice`, and return the fused call. On a refusal or an
+    exception the graph is as it was."""
     output = site.output
     expected = tensor(output)
     assert expected is not None
     try:
-        autocast = facts.autocast(output, expected.device.type)
-        if autocast is not None and found.shapes.dtype not in (autocast, torch.float64):
-            refuse("emit", f"autocast would compute in {autocast} what needs {found.shapes.dtype}", output)
         with Splice(facts, output, site.anchor) as splice:
             exposed = _exposed(found, facts)
 
@@ -40,6 +41,9 @@ def emit(site: Site, found: Description, kernel: Kernel, device: Device, facts: 
             operands = Operands(found, of, splice.as_type, splice.size)
             result = kernel(found.spec, found.shapes, device, operands)
             fused: Node = result.node  # type: ignore[attr-defined]
+            if twice:
+                splice.value(result)
+                result = twice_differentiable(result, found.spec, found.shapes, device, operands)
             result = arrange(result, plan(found.layout.of("output"), found.output), splice.size)
             result = splice.as_type(result, expected.dtype)
             if expected.requires_grad and (_leaves(output, facts) or not facts.unchanged(output)):
@@ -56,6 +60,16 @@ def emit(site: Site, found: Description, kernel: Kernel, device: Device, facts: 
         return Refusal("emit", "the kernel would decide by a size that only the run knows", output)
     fused.meta["attn_rewriter"] = kernel.name
     return fused
+
+
+def narrowed(site: Site, found: Description, facts: Facts) -> Refusal | None:
+    """Why a fused call in the place of a site would be less exact: autocast would round its operands."""
+    output = tensor(site.output)
+    assert output is not None
+    autocast = facts.autocast(site.output, output.device.type)
+    if autocast is None or found.shapes.dtype in (autocast, torch.float64):
+        return None
+    return Refusal("emit", f"autocast would compute in {autocast} what needs {found.shapes.dtype}", site.output)
 
 
 def _leaves(node: Node, facts: Facts) -> bool:

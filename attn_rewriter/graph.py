@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, StrictMinMaxConstraint
+from torch.utils._pytree import tree_leaves
 from torch.utils._sympy.functions import Max, Min
 
 from attn_rewriter.errors import refuse
@@ -238,21 +239,65 @@ def _parse_operations(text: str) -> tuple[dict[Any, _Signature], dict[str, _Sign
 _FUNCTIONS, _METHODS = _parse_operations(_OPERATIONS)
 _PURE_EXCEPT = {"dropout", "getattr"}
 
-# Higher-order operators that call their body once, each body input being one of the operator's last arguments.
-_TRANSPARENT = {
-    "tag_activation_checkpoint",
-    "wrap",
-    "wrap_activation_checkpoint",
-    "wrap_with_autocast",
-    "wrap_with_set_grad_enabled",
-    "invoke_subgraph",
-    "cond",
+
+@dataclass(frozen=True)
+class HigherOrder:
+    """What a higher-order operator does with the bodies that it calls.
+
+    `inputs` is the first of its arguments that are a body's inputs, one for each placeholder, where it calls a body
+    once (of two bodies, one); None where it calls a body several times, or with inputs of its own making. `changes`
+    says what a body runs under that its caller does not: "autocast" where the first four arguments are those of
+    `torch.autocast`, "grad" where the first argument says whether gradients are on, "nothing", or "unknown" where
+    nobody can say whether gradients are on. `repeats`: whether the backward pass runs a body again, with the same
+    random numbers. `carries`: whether what a body gives is its next input, and must lie in memory as the first did; so
+    must its gradient, of which a kernel makes no promise. No operator here writes into, or passes on, any tensor but as
+    its bodies do.
+    """
+
+    inputs: int | None
+    changes: str = "nothing"
+    repeats: bool = False
+    carries: bool = False
+
+
+# Bodies of other operators are not looked into: nobody knows what they run under.
+HIGHER_ORDER = {
+    "wrap": HigherOrder(1),
+    "tag_activation_checkpoint": HigherOrder(1, repeats=True),
+    "wrap_activation_checkpoint": HigherOrder(1, repeats=True),
+    "wrap_with_autocast": HigherOrder(5, "autocast"),
+    "wrap_with_set_grad_enabled": HigherOrder(2, "grad"),
+    "invoke_subgraph": HigherOrder(2),
+    "cond": HigherOrder(3),
+    "map_impl": HigherOrder(None),
+    "while_loop": HigherOrder(None, carries=True),
+    "scan": HigherOrder(None, carries=True),
+    "autograd_function_apply": HigherOrder(None, "unknown"),  # off in its forward pass, as asked in its backward pass
 }
 
+# Operators that are not looked into, but write into nothing that their bodies do not write into.
+_WRITES_AS_ITS_BODIES = HIGHER_ORDER.keys() | {"flex_attention", "flex_attention_backward", "associative_scan"}
 
-def is_transparent(node: Node) -> bool:
-    """Whether a node calls a body once, on the last of its arguments; of two bodies, one."""
-    return _name(node) in _TRANSPARENT
+
+def _obstacle(caller: Node) -> str:
+    """Why the bodies that a node calls stay as they are; empty where they are rewritten as well."""
+    name = _name(caller)
+    if (operator := HIGHER_ORDER.get(name)) is None:
+        return f"it is in a body of `{name}`, and nobody knows what that runs under"
+    given = tree_leaves(caller.meta.get("example_value"))
+    if operator.carries and any(isinstance(x, torch.Tensor) and x.requires_grad for x in given):
+        return f"`{name}` takes no gradient that lies in memory in another way"
+    return ""
+
+
+def inputs_of(caller: Node, body: Graph) -> list[Any] | None:
+    """What the placeholders of a body stand for, in their order: nodes of the outer graph, or constants. None where
+    the caller does not call it just once, with these."""
+    operator = HIGHER_ORDER.get(_name(caller))
+    if operator is None or operator.inputs is None:
+        return None
+    given: list[Any] = tree_leaves(list(caller.args[operator.inputs :]))
+    return given if len(given) == len(body.find_nodes(op="placeholder")) else None
 
 
 @dataclass(frozen=True)
@@ -531,8 +576,9 @@ def _written(node: Node, modules: dict[str, Any]) -> list[Node]:
         return [x for name in target.overloads() for x in _written_by(getattr(target, name), node)]
     if isinstance(target, torch._ops.HigherOrderOperator):
         bodies = [modules.get(str(a.target)) for a in node.all_input_nodes if a.op == "get_attr"]
-        writes = any(_writes(body) for body in bodies if isinstance(body, GraphModule))
-        return node.all_input_nodes if writes or "mutation" in target.__name__ or not bodies else []
+        found = [body for body in bodies if isinstance(body, GraphModule)]
+        is_known = target.__name__ in _WRITES_AS_ITS_BODIES and found
+        return node.all_input_nodes if not is_known or any(map(_writes, found)) else []
     builtin = inspect.isbuiltin(target) or inspect.ismethoddescriptor(target)
     if node.op == "call_method" or target in _FUNCTIONS or builtin:
         return []
@@ -564,7 +610,8 @@ def _writes(body: GraphModule) -> bool:
 
 class Region(NamedTuple):
     """What a node runs under: gradients on or off (None where that is not known), and the contexts that the graph has
-    entered and not left, the innermost last: autocast, inference mode, the transforms of `torch.func`."""
+    entered and not left, the innermost last: autocast, inference mode, the transforms of `torch.func`. A higher-order
+    operator that changes what its body runs under is one of the contexts there."""
 
     grad: bool | None
     contexts: tuple[Node, ...] = ()
@@ -580,17 +627,40 @@ class Region(NamedTuple):
             return Region(self.grad, self.contexts[:-1])
         return self
 
+    def within(self, caller: Node) -> Region:
+        """The region of a body that a node calls, which is itself in this one."""
+        match HIGHER_ORDER[_name(caller)].changes:
+            case "autocast":
+                return Region(self.grad, (*self.contexts, caller))
+            case "grad":
+                return Region(bool(caller.args[0]), self.contexts)
+            case "unknown":
+                return Region(None, self.contexts)
+        return self
+
+    @property
+    def autocasts(self) -> tuple[tuple[Any, ...], ...]:
+        """The arguments of `torch.autocast` for each of the contexts that is one, the innermost last."""
+        named = (context for context in self.contexts if _name(context) in ("_enter_autocast", "wrap_with_autocast"))
+        return tuple(context.args[:4] for context in named)
+
+    def is_like(self, other: Region) -> bool:
+        """Whether two regions are the same but for who entered them."""
+        return [(_name(c), c.args) for c in self.contexts] == [(_name(c), c.args) for c in other.contexts]
+
 
 @dataclass
 class Facts:
     """What the stages ask of one graph, found out once. `outer` and `caller` lead from a body to its call; where it
-    has several (not `single`) its inputs are not known from one of them."""
+    has several (not `single`) its inputs are not known from one of them. `obstacle` says why nothing in this graph is
+    rewritten, if so."""
 
     graph: Graph
     modules: dict[str, Any] = field(default_factory=dict)
     outer: Facts | None = None
     caller: Node | None = None
     single: bool = True
+    obstacle: str = ""
 
     def __post_init__(self) -> None:
         self.position = {node: i for i, node in enumerate(self.graph.nodes)}
@@ -612,9 +682,9 @@ class Facts:
         return self._calls[node]
 
     def _start(self) -> Region:
-        if self.outer is None or self.caller is None:
+        if self.outer is None or self.caller is None or self.obstacle:
             return Region(torch.is_grad_enabled())
-        around = self.outer.region(self.caller)
+        around = self.outer.region(self.caller).within(self.caller)
         return around if self.single else Region(None, around.contexts)
 
     def region(self, node: Node) -> Region:
@@ -623,10 +693,9 @@ class Facts:
 
     def autocast(self, node: Node, device: str) -> torch.dtype | None:
         """The type that autocast gives the operands of a product at a node; None where it is off."""
-        for context in reversed(self.region(node).contexts):
-            if _name(context) == "_enter_autocast" and context.args[0] == device:
-                _, dtype, enabled, *_ = context.args
-                return (dtype or torch.get_autocast_dtype(device)) if enabled else None  # type: ignore[return-value]
+        for kind, dtype, enabled, _ in reversed(self.region(node).autocasts):
+            if kind == device:
+                return (dtype or torch.get_autocast_dtype(device)) if enabled else None
         on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         return torch.get_autocast_dtype(device) if on else None
 
@@ -690,9 +759,8 @@ class Facts:
         if self.caller is None or not self.single:
             return {}
         placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
-        given: list[Any] = []
-        torch.fx.map_arg((self.caller.args, self.caller.kwargs), given.append)
-        return dict(zip(placeholders, given[-len(placeholders) :])) if len(given) >= len(placeholders) > 0 else {}
+        given = zip(placeholders, inputs_of(self.caller, self.graph) or ())
+        return {placeholder: x for placeholder, x in given if isinstance(x, Node)}
 
     def argument(self, placeholder: Node) -> Node | None:
         """For an input of a body: the node of the outer graph that is handed in for it."""
@@ -706,9 +774,14 @@ class Facts:
                 calls.setdefault(str(node.target), []).extend(node.users)
         for name, users in calls.items():
             body = self.modules[name]
-            single = len(users) == 1 and is_transparent(users[0])
-            if users:
-                yield Facts(body.graph, dict(body.named_children()), self, users[0], single)
+            if not users:
+                continue
+            single = len(users) == 1 and inputs_of(users[0], body.graph) is not None
+            obstacle = self.obstacle or next(filter(None, map(_obstacle, users)), "")
+            regions = [] if obstacle else [self.region(user).within(user) for user in users]
+            if not all(region.is_like(regions[0]) for region in regions):
+                obstacle = "the body that it is in is called under several autocast regions"
+            yield Facts(body.graph, dict(body.named_children()), self, users[0], single, obstacle)
 
 
 def _storage(node: Any) -> int | None:

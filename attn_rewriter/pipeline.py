@@ -20,10 +20,12 @@ from attn_rewriter.context_parallel import ring
 from attn_rewriter.describe import Description, describe
 from attn_rewriter.device import Device
 from attn_rewriter.distribute import distribute
-from attn_rewriter.emit import emit
+from attn_rewriter.emit import emit, narrowed
 from attn_rewriter.errors import KernelUnavailable, Refusal, RewriteError
 from attn_rewriter.find import Site, find
+from attn_rewriter.forward_ad import forward_gradients
 from attn_rewriter.graph import Facts, erase_unused, module_path, source, tensor
+from attn_rewriter.inline import open_checkpoints
 from attn_rewriter.kernels import Kernel
 from attn_rewriter.lower import lower, obstacle
 from attn_rewriter.report import Report
@@ -43,14 +45,15 @@ Checks = Mapping[int, Check]
 class Settings:
     """What the pipeline is told: the kernels to choose from, the device to choose for (None: the tensors' own),
     whether something unexpected raises, whether to choose only and replace nothing, whether Inductor will compile the
-    graph, whether to choose by timing the kernels here, and the modules whose weights are wanted where a model returns
-    them (None: all)."""
+    graph, whether it may run without AOTAutograd, where gradients can be differentiated `twice`, whether to choose by
+    timing the kernels here, and the modules whose weights are wanted where a model returns them (None: all)."""
 
     kernel: Request = "auto"
     device: Device | None = None
     strict: bool = False
     dry: bool = False
     inductor: bool = True
+    twice: bool = False
     autotune: bool = False
     keep_weights: tuple[str, ...] | None = None
 
@@ -86,10 +89,16 @@ def rewrite(
 
 def graphs(gm: GraphModule, settings: Settings) -> Iterator[Facts]:
     """The graph, then the bodies that it calls, each with its multi-head attention calls opened and without what
-    nobody uses, or wants."""
+    nobody uses, or wants; but for those in which nothing is rewritten."""
     queue = [Facts(gm.graph, dict(gm.named_children()))]
     while queue:
         facts = queue.pop()
+        if facts.obstacle:
+            queue += facts.bodies()
+            yield facts
+            continue
+        while open_checkpoints(facts):  # which may have some in them
+            facts = replace(facts)
         opened = lower(facts)
         withheld = facts.outer is None and settings.keep_weights is not None and withhold(facts, settings.keep_weights)
         if erase_unused(facts.graph) or opened or withheld:
@@ -175,6 +184,11 @@ def _guarded(report: SiteReport, site: Site, settings: Settings, stage: Callable
 def _planned(
     site: Site, facts: Facts, settings: Settings, check: Check | None, unread: SiteReport
 ) -> Plan | SiteReport:
+    if forward_gradients():
+        reason = "a level of forward-mode AD is alive, which fused kernels don't have"
+        return replace(unread, refusals=(Refusal("find", reason, site.anchor),))
+    if facts.obstacle:
+        return replace(unread, refusals=(Refusal("find", facts.obstacle, site.anchor),))
     if site.kind == "mha":
         reason = obstacle(site.anchor, site.call) or "it could not be opened"
         return replace(unread, refusals=(Refusal("lower", reason, site.anchor),))
@@ -184,6 +198,8 @@ def _planned(
     found = site.refusal or describe(site, facts)
     if isinstance(found, Refusal):
         return replace(unread, refusals=(found,))
+    if refused := narrowed(site, found, facts):
+        return replace(unread, spec=found.spec, shapes=found.shapes, refusals=(refused,))
     output = tensor(site.output)
     assert output is not None
     device = settings.device or Device.of(output.device)
@@ -211,7 +227,7 @@ def _emitted(plan: Plan, facts: Facts, settings: Settings, random: Iterator[int]
         found = replace(found, spec=_of_its_own(found.spec, next(random)))
     falls_back = not settings.strict and requested(settings.kernel) is None
     kernel = plan.kernel.with_fallback() if falls_back else plan.kernel
-    emitted = emit(plan.site, found, kernel, plan.device, facts) if not settings.dry else None
+    emitted = emit(plan.site, found, kernel, plan.device, facts, settings.twice) if not settings.dry else None
     if isinstance(emitted, Refusal):
         return replace(report, kernel=None, refusals=(*report.refusals, emitted))
     return report

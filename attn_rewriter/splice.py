@@ -15,11 +15,10 @@ from torch.fx.proxy import GraphAppendingTracer
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
+from attn_rewriter.buffers import ORIGIN
 from attn_rewriter.errors import refuse
 from attn_rewriter.graph import Facts, is_pure, size, tensor
 from attn_rewriter.spec import Size, same
-
-_ORIGIN = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
 
 class Splice:
@@ -65,19 +64,20 @@ class Splice:
         """The fake value of a stand-in."""
         for node in self.nodes:
             if "example_value" not in node.meta:
-                node.meta.update({key: self.origin.meta[key] for key in _ORIGIN if key in self.origin.meta})
-                with self._autocast():
+                node.meta.update({key: self.origin.meta[key] for key in ORIGIN if key in self.origin.meta})
+                with self._region():
                     node.meta["example_value"] = run(node, self.mode)
         held = proxy.node.meta["example_value"]
         assert isinstance(held, torch.Tensor)
         return held
 
-    def _autocast(self) -> ExitStack:
-        """The autocast regions of the graph that this place is in."""
-        stack = ExitStack()
-        for context in self.facts.region(self.before).contexts:
-            if context.target is torch.amp.autocast_mode._enter_autocast:
-                stack.enter_context(torch.autocast(*context.args))  # type: ignore[arg-type]
+    def _region(self) -> ExitStack:
+        """What runs in this place runs under: autocast as the graph says, with gradients or without."""
+        stack, region = ExitStack(), self.facts.region(self.before)
+        for autocast in region.autocasts:
+            stack.enter_context(torch.autocast(*autocast))
+        if region.grad is not None:
+            stack.enter_context(torch.set_grad_enabled(region.grad))
         return stack
 
     def as_type(self, proxy: Any, dtype: torch.dtype) -> Any:
@@ -134,11 +134,13 @@ def share(facts: Facts) -> None:
     """Let each of the equal views and moves, and of the equal calls of functions with `is_shared`, that were put into a
     graph be computed once: layers have the same mask."""
     first: dict[Any, Node] = {}
-    for node in [*facts.inserted]:
+    inserted = {*facts.inserted}
+    # In the order of the graph, whichever site was rewritten first: the first of equal nodes is before all their users.
+    for node in [node for node in facts.graph.nodes if node in inserted]:
         found = facts.call(node)
         if not (found is not None and found.name in _VIEWS) and not getattr(node.target, "is_shared", False):
             continue
-        if node._erased or not all(map(facts.unchanged, (node, *node.all_input_nodes))):
+        if not all(map(facts.unchanged, (node, *node.all_input_nodes))):
             continue
         key = (node.target, repr(torch.fx.map_arg((node.args, node.kwargs), _told_apart)), facts.region(node))
         held = first.setdefault(key, node)

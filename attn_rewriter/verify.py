@@ -30,7 +30,7 @@ from attn_rewriter.describe import Description
 from attn_rewriter.emit import Operands, arrange
 from attn_rewriter.errors import is_out_of_memory
 from attn_rewriter.find import find
-from attn_rewriter.graph import Facts, is_transparent, size, tensor
+from attn_rewriter.graph import Facts, Region, inputs_of, size, tensor
 from attn_rewriter.hidden import hidden_from
 from attn_rewriter.interior import Interior, WithoutDropout, widened
 from attn_rewriter.kernels.masking import bias_terms, keep_mask
@@ -155,8 +155,9 @@ class _Run(Interpreter):
     def run_node(self, n: Node) -> Any:
         if n.target is torch._C._set_grad_enabled:
             return None
-        body = self._body(n)
-        result = super().run_node(n) if body is None else self._through(n, body)
+        module = self._body(n)
+        inputs = None if module is None else inputs_of(n, module.graph)
+        result = super().run_node(n) if module is None or inputs is None else self._through(n, module, inputs)
         if n.op == "placeholder" and isinstance(result, Tensor) and self._sites.facts.writes(n):
             result = result.clone()
         self._context.learn(n.meta.get("example_value"), result)
@@ -168,28 +169,24 @@ class _Run(Interpreter):
             self._context.checks[number] = max(held, check, key=lambda check: (bool(check.verdict), check.worst))
         return result
 
-    def _body(self, caller: Node) -> Node | None:
+    def _body(self, caller: Node) -> GraphModule | None:
         """The body that a node calls, if it has sites; of a condition's two, the one whose turn it is."""
-        if not is_transparent(caller):
-            return None
-        bodies = [node for node in caller.all_input_nodes if node.op == "get_attr" and self._has_sites(node)]
+        bodies = [node for node in caller.all_input_nodes if node.op == "get_attr"]
         if caller.target is torch.ops.higher_order.cond:
             condition, *branches = caller.args[:3]
             taken = branches[0] if self.map_nodes_to_values(condition, caller) else branches[1]
             bodies = [node for node in bodies if node is taken]
-        return bodies[0] if bodies else None
+        modules = (self.submodules.get(str(node.target)) for node in bodies)
+        found = (x for x in modules if isinstance(x, GraphModule) and x.graph in self._context.sites)
+        return next(found, None)
 
-    def _has_sites(self, node: Node) -> bool:
-        module = self.submodules.get(str(node.target))
-        return isinstance(module, GraphModule) and module.graph in self._context.sites
-
-    def _through(self, n: Node, body: Node) -> Any:
-        """A region such as a checkpointed one, whose body takes the last of its arguments."""
-        module: Any = self.submodules[str(body.target)]
-        given: list[Any] = []
-        torch.fx.map_arg((n.args, n.kwargs), lambda x: given.append(self.env[x]))
-        inputs = len(module.graph.find_nodes(op="placeholder"))
-        return _Run(module, self._context).run(*given[len(given) - inputs :])
+    def _through(self, n: Node, body: GraphModule, inputs: Sequence[Any]) -> Any:
+        """A region such as a checkpointed one: its body runs under what the operator runs it under."""
+        given = (self.env[x] if isinstance(x, Node) else x for x in inputs)
+        with ExitStack() as stack:
+            for autocast in Region(None).within(n).autocasts:
+                stack.enter_context(torch.autocast(*autocast))
+            return _Run(body, self._context).run(*given)
 
 
 # ---------------------------------------------------------------------------------------------- one site

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,12 +13,14 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 import attn_rewriter
-from attn_rewriter.buffers import contents
+from attn_rewriter.buffers import Memory, State, contents
 from tests.accuracy import assert_as_accurate, assert_the_same
 from tests.models import NothingNarrowed
+from tests.running import run_as_is
 
 SCALE, N = "scale 0.3536", 16
 
@@ -205,7 +208,43 @@ def _in_inference_mode(model: Any) -> None:
         model.bias.copy_(torch.ones(1, 1, N, N))
 
 
+def _set(model: Any) -> None:
+    model.bias.set_(torch.ones(1, 1, N, N))
+
+
+def _set_to_a_view(model: Any) -> None:
+    model.bias.set_(torch.ones(3, 1, N, N)[2:])
+
+
+def _resized(model: Any) -> None:
+    model.bias.resize_(1).resize_(1, 1, 4 * N, N).resize_(1, 1, N, N).fill_(1.0)
+
+
+def _turned(model: Any) -> None:
+    """The same memory at the same version, read along other strides."""
+    model.bias.data = model.bias.data.mT
+    model.bias.data[..., 0] = 1.0
+
+
+def _exchanged(model: Any) -> None:
+    torch.utils.swap_tensors(model.bias, torch.ones(1, 1, N, N))
+
+
+def _loaded_by_exchange(model: Any) -> None:
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.load_state_dict({**model.state_dict(), "bias": torch.ones(1, 1, N, N)})
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
 EDITS = (
+    _set,
+    _set_to_a_view,
+    _resized,
+    _turned,
+    _exchanged,
+    _loaded_by_exchange,
     _in_place,
     _replaced,
     _registered_again,
@@ -360,6 +399,128 @@ def test_buffers_are_not_kept_alive() -> None:
     compiled(given())
     gc.collect()
     assert old() is None
+
+
+@pytest.mark.parametrize("verify", [False, "always"])
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager", run_as_is])
+def test_nobody_refers_to_a_tensor(compiler: Any, verify: Any) -> None:
+    """Not weakly either, before and after a graph was compiled again: PyTorch exchanges no such tensor."""
+    model, x = optimized(Attention(), compiler=compiler, verify=verify), given()
+    tensors = [x, *model.parameters(), *model.buffers()]
+    for edit in (lambda model: None, _in_place):
+        edit(model)
+        model(x)
+        assert [weakref.getweakrefs(tensor) for tensor in tensors] == [[]] * len(tensors)
+    exchanged = copy.deepcopy(model)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.load_state_dict(exchanged.state_dict())
+        model.float().double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert_right(model, model)
+
+
+def test_nothing_is_written_on_a_tensor() -> None:
+    """It would be pickled with a model."""
+    model = optimized(Attention())
+    model(given())
+    assert all(name.startswith("_dynamo") for name in vars(model.bias))  # which is PyTorch's own
+    torch.save([*model.buffers()], saved := io.BytesIO())
+    assert b"attn_rewriter" not in saved.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is remembered of tensors
+
+
+def said_of(memory: Memory, tensor: Tensor) -> Any:
+    state = State.of(tensor)
+    return None if state is None else memory.said(tensor, state)
+
+
+def remember(memory: Memory, tensor: Tensor, what: str = "causal") -> None:
+    state = State.of(tensor)
+    assert state is not None
+    memory.keep(tensor, state, what)
+
+
+def test_views_are_other_tensors() -> None:
+    memory, x = Memory(), torch.ones(4, 4)
+    remember(memory, x)
+    assert said_of(memory, x) == "causal"
+    for other in (x.view(4, 4), x.detach(), x.data, x[1:], x.mT, x.clone(), copy.deepcopy(x), nn.Parameter(x)):
+        assert said_of(memory, other) is None
+    x.view(16)[3] = 0
+    assert said_of(memory, x) is None
+
+
+def test_addresses_are_used_again() -> None:
+    """A tensor at the address of another one, in memory and as an object, has another storage."""
+    memory = Memory()
+    for i in range(200):
+        x = torch.full((4, 4), float(i))
+        assert said_of(memory, x) is None
+        remember(memory, x)
+        assert said_of(memory, x) == "causal"
+        del x
+    base = torch.zeros(4, 4)
+    for _ in range(200):  # the same storage all the time, and objects come and go
+        view = base[:]
+        assert said_of(memory, view) in (None, "causal")
+        remember(memory, view)
+        base.add_(1)
+        assert said_of(memory, view) is None
+        del view
+
+
+def test_the_dead_are_forgotten() -> None:
+    memory = Memory()
+    alive = [torch.ones(2, 2) for _ in range(10)]
+    for x in alive:
+        remember(memory, x)
+    for _ in range(3):
+        several = [torch.ones(2, 2) for _ in range(1000)]
+        for x in several:
+            remember(memory, x)
+        assert len(memory) >= 1010
+        several.clear()
+    for x in (more := [torch.ones(2, 2) for _ in range(3000)]):
+        remember(memory, x)
+    assert len(memory) < 3020 and more
+    assert all(said_of(memory, x) == "causal" for x in alive)
+
+
+def test_memory_is_not_kept() -> None:
+    memory, x = Memory(), torch.ones(4, 4)
+    remember(memory, x)
+    object_, storage = weakref.ref(x), StorageWeakRef(x.untyped_storage())
+    del x
+    assert object_() is None and storage.expired()
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        nn.Parameter(torch.ones(2, 2)),
+        torch.ones(2, 2).to_sparse(),
+        torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged),
+        3.0,
+        None,
+    ],
+    ids=str,
+)
+def test_what_has_no_state(tensor: Any) -> None:
+    assert State.of(tensor) is None
+    with torch.inference_mode():
+        assert State.of(torch.ones(2)) is None
+
+
+def test_negated() -> None:
+    x = torch.ones(2)
+    state = State.of(x)
+    x.data = torch._neg_view(x)
+    assert State.of(x) != state
 
 
 def test_inductor() -> None:

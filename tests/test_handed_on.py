@@ -130,6 +130,74 @@ def test_written_into(mask: Any) -> None:
     assert said(model)[:2] == ["causal"] * 2 and "causal" not in said(model)[2]
 
 
+def _like(mask: Tensor) -> Tensor:
+    """Another one, which hides the first key alone."""
+    hidden = torch.arange(mask.size(-1)).expand(mask.shape) == 0
+    return ~hidden if mask.dtype == torch.bool else torch.zeros_like(mask).masked_fill(hidden, torch.finfo().min)
+
+
+def _data_replaced(mask: Tensor) -> None:
+    mask.data = _like(mask)
+
+
+def _set(mask: Tensor) -> None:
+    mask.set_(_like(mask))
+
+
+def _set_to_a_view(mask: Tensor) -> None:
+    mask.set_(torch.cat([_like(mask), _like(mask)])[len(mask) :])
+
+
+def _made_smaller_and_larger(mask: Tensor) -> None:
+    shape, other = mask.shape, _like(mask)
+    mask.resize_(1).resize_(4 * mask.numel()).resize_(shape).copy_(other)
+
+
+def _turned(mask: Tensor) -> None:
+    """The same memory and version, read along other strides."""
+    mask.data = mask.data.mT
+
+
+def _moved_within(mask: Tensor) -> None:
+    mask.data = mask.data.roll(1, -1).mT.contiguous().mT
+
+
+def _exchanged(mask: Tensor) -> None:
+    torch.utils.swap_tensors(mask, _like(mask))
+
+
+def _memory_let_go_and_filled(mask: Tensor) -> None:
+    other, storage = _like(mask), mask.untyped_storage()
+    size = storage.nbytes()
+    storage.resize_(0)
+    storage.resize_(size)
+    mask.copy_(other)
+
+
+@pytest.mark.parametrize("mask", [causal, added, by_position])
+@pytest.mark.parametrize(
+    "what",
+    [
+        _data_replaced,
+        _set,
+        _set_to_a_view,
+        _made_smaller_and_larger,
+        _turned,
+        _moved_within,
+        _exchanged,
+        _memory_let_go_and_filled,
+    ],
+)
+def test_memory_exchanged(what: Callable[[Tensor], Any], mask: Any) -> None:
+    """At every call, or at some: what was said was of the memory that the tensor had then."""
+    hidden = torch._dynamo.disable(what)
+    assert_right(optimized(mask, hidden))
+    model = optimized(mask, sometimes := Sometimes(what))
+    for sometimes.now in (False, True, False, True):
+        assert_right(model)
+    assert said(model)[:2] == ["causal"] * 2
+
+
 def test_made_of_a_buffer() -> None:
     """What is said of a mask holds for as long as what it was read from does."""
 

@@ -146,7 +146,9 @@ UNAVAILABLE = vars(CuDNN)["unavailable"]
 def test_deterministic_algorithms() -> None:
     torch.use_deterministic_algorithms(True)
     try:
-        assert KERNELS["cudnn"].refusals(CAUSAL, AT, Device.parse("sm_90")) == ["is not deterministic"]
+        assert KERNELS["cudnn"].refusals(CAUSAL, AT, Device.parse("sm_90")) == [
+            "is not deterministic, and torch.use_deterministic_algorithms is on"
+        ]
     finally:
         torch.use_deterministic_algorithms(False)
 

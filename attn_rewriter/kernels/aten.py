@@ -15,6 +15,7 @@ from torch import Tensor
 
 from attn_rewriter.device import Device
 from attn_rewriter.kernels.flash import Flash, How, Kept, flash_form
+from attn_rewriter.kernels.sdpa import varies_in_training
 from attn_rewriter.spec import AttentionSpec, Shapes, same
 
 aten = torch.ops.aten
@@ -59,9 +60,10 @@ class CuDNN(Aten):
             reasons.append(f"head_dim is at most 128 on {device}, here {shapes.head_dim}")
         if same(shapes.q_len, 1) or same(shapes.kv_len, 1):  # on sm_100 wrong for one query, says PyTorch
             reasons.append("takes more than one query and key")
-        if torch.are_deterministic_algorithms_enabled():
-            reasons.append("is not deterministic")
         return reasons
+
+    def varies(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> str:
+        return "is not deterministic"  # so says PyTorch, and does not take it then, in no pass
 
     @staticmethod
     def unavailable() -> str | None:
@@ -119,6 +121,9 @@ class TorchFlash(Aten):
         if small and shapes.needs_backward and isinstance(shapes.head_dim, int) and shapes.head_dim > 192:
             reasons.append(f"has a backward pass up to head_dim 192 on {device}, here {shapes.head_dim}")
         return reasons
+
+    def varies(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> str:
+        return varies_in_training(device) if shapes.needs_backward else ""
 
     @staticmethod
     def unavailable() -> str | None:

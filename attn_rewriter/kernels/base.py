@@ -70,6 +70,7 @@ class Kernel:
     compute in `limits` and `refusals`, and computes it in `attend`, which is plain PyTorch: the emitter runs it on
     stand-ins to put its operations into the graph, the tests run it on tensors. So it must not look at the contents
     of tensors, and takes sizes and types from `shapes`. Optional packages are imported in `attend` alone.
+    It says in `varies` where it is not deterministic.
     One that attends to the keys of all processes within `context_parallel()` says `goes_round`. One that computes rows
     without a key by what the model's masks add to the scores, be it a different number for each key, says `adds_fills`.
     """
@@ -92,6 +93,8 @@ class Kernel:
         reasons = self.limits.refusals(shapes, device)
         if ring() is not None and not self.goes_round:
             reasons.append("sees no keys of other processes, as within context_parallel()")
+        if torch.are_deterministic_algorithms_enabled() and (varies := self.varies(spec, shapes, device)):
+            reasons.append(f"{varies}, and torch.use_deterministic_algorithms is on")
         if shapes.is_gqa and not isinstance(shapes.num_groups, int):
             reasons.append("the number of heads that share a key is not known")
         return reasons + self._fully_masked(spec, shapes)
@@ -108,6 +111,11 @@ class Kernel:
             what = "biases" if learned else "scores that are capped"
             return [f"gives no gradient to {what} from rows that see no key"]
         return []
+
+    def varies(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> str:
+        """Why its result, or in training a gradient, differs from run to run on the same inputs; empty where it is
+        known not to. Asked where `torch.use_deterministic_algorithms` is on, which includes that it only warns."""
+        return "does not say that it is deterministic"
 
     def __call__(self, spec: AttentionSpec, shapes: Shapes, device: Device, tensors: Tensors) -> torch.Tensor:
         """The output, `[batch, num_heads, q_len, head_dim_v]` in `shapes.dtype` or `shapes.product_dtype`.

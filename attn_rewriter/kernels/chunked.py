@@ -56,6 +56,9 @@ class Chunked(Kernel):
             reasons.append(f"takes from one to {_MOST} scores, here {math.prod(sizes)}")
         return reasons
 
+    def varies(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> str:
+        return ""  # chunks are added up in their order
+
     def attend(self, spec: AttentionSpec, shapes: Shapes, device: Device, tensors: Tensors) -> Tensor:
         form = spec.affine()
         assert not isinstance(form, str)

@@ -92,6 +92,9 @@ class Decode(Kernel):
             reasons.append(f"triton can't be used: {error}")
         return reasons
 
+    def varies(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> str:
+        return ""  # each part of the keys has a program and a place, and they are joined in their order
+
     def attend(self, spec: AttentionSpec, shapes: Shapes, device: Device, tensors: Tensors) -> torch.Tensor:
         from attn_rewriter.kernels import split_keys
 

@@ -55,6 +55,11 @@ class FA2(Flash):
             reasons.append("has no dropout with a softcap")
         return reasons
 
+    def varies(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> str:
+        """Its backward pass is told to be deterministic. That for AMD's devices has other kernels, never tried."""
+        unknown = shapes.needs_backward and device.platform != "cuda"
+        return f"may have a backward pass that varies on {device}" if unknown else ""
+
     @staticmethod
     def no_mask(form: FlashForm, shapes: Shapes, device: Device) -> list[str]:
         assert form.mask is not None

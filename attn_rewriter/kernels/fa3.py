@@ -33,6 +33,11 @@ class FA3(Flash):
             reasons.insert(0, f"is for sm_90, this is {device}")
         return reasons
 
+    def varies(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> str:
+        """Its backward pass takes a flag for it, which some of its builds drop, and none take for 256 features
+        (https://github.com/Dao-AILab/flash-attention/pull/1766); its version does not tell them apart."""
+        return "may have a backward pass that varies" if shapes.needs_backward else ""
+
     @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor, how: How) -> tuple[Tensor, Tensor, Tensor | None]:
         from flash_attn_interface import _flash_attn_forward

@@ -23,7 +23,7 @@ from attn_rewriter.device import Device
 from attn_rewriter.kernels import masking
 from attn_rewriter.kernels.base import Tensors
 from attn_rewriter.kernels.blocks import BLOCK, TENSORS, block_mask, mask_names
-from attn_rewriter.kernels.flash import Flash, FlashForm, How, Kept
+from attn_rewriter.kernels.flash import Flash, FlashForm, How, Kept, flash_form
 from attn_rewriter.progress import working
 from attn_rewriter.spec import AXES, AttentionSpec, Predicate, Shapes, Softcap, TensorMask, Values, at_most, parts
 
@@ -48,9 +48,16 @@ class FA4(Flash):
         capped = any(isinstance(modifier, Softcap) for modifier in spec.modifiers)
         if large and generation != 9 and capped and shapes.needs_backward:
             reasons.append(f"has no backward pass with a softcap at head_dim {shapes.head_dim} on {device}")
-        if generation == 12 and shapes.needs_backward and torch.are_deterministic_algorithms_enabled():
-            reasons.append(f"has no deterministic backward pass on {device}")
         return reasons
+
+    def varies(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> str:
+        """Its backward pass is told to be deterministic, and refuses where it can't be (4.0.0b36)."""
+        generation = (device.capability or (0, 0))[0]
+        if shapes.needs_backward and generation not in (9, 10, 11):
+            return f"has no deterministic backward pass on {device}"
+        form = flash_form(spec, shapes)
+        masked = isinstance(form, FlashForm) and form.mask is not None
+        return "has no deterministic backward pass with a mask" if shapes.needs_backward and masked else ""
 
     @staticmethod
     def no_bias(form: FlashForm, shapes: Shapes, device: Device) -> list[str]:
@@ -73,8 +80,6 @@ class FA4(Flash):
         reasons = _unreadable("masks", _axes(form.mask).values(), shapes)
         if not _is_hopper(device):  # elsewhere its blocks have other sizes
             reasons.append(f"takes masks on sm_90 alone: {form.no_window}")
-        if shapes.needs_backward and torch.are_deterministic_algorithms_enabled():
-            reasons.append("has no deterministic backward pass with a mask")
         return reasons
 
     @staticmethod

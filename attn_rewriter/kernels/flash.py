@@ -439,7 +439,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, gradient: Tensor, *others: None) -> tuple[Any, ...]:
+def _gradients(ctx: Any, gradient: Tensor | None, *others: None) -> tuple[Any, ...]:
+    if gradient is None:  # nobody wants any, as where they are computed in another way (`twice.py`)
+        return *(None for _ in range(4)), *([None] * count for count in ctx.counts), *(None for _ in ctx.options)
     query, key, value, sinks, output, logsumexp, random, *rest = ctx.saved_tensors
     held = iter(rest)
     lists = [[*islice(held, count)] for count in ctx.counts]

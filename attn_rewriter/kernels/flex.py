@@ -82,6 +82,14 @@ class Flex(Kernel):
                 reasons.append("gives no logsumexp, which sinks need, on CPU")
         return reasons
 
+    def varies(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> str:
+        """Its backward pass adds up the gradients of what `score_mod` reads by atomic operations."""
+        read = {name for modifier in spec.modifiers for name in _names(modifier)}
+        if shapes.needs_backward and read & {*shapes.learned}:
+            return "adds up the gradient of a bias in any order"
+        unknown = shapes.needs_backward and device.platform not in ("cpu", "cuda")
+        return f"may have a backward pass that varies on {device}" if unknown else ""
+
     def attend(self, spec: AttentionSpec, shapes: Shapes, device: Device, tensors: Tensors) -> torch.Tensor:
         query, key, value = tensors["query"], tensors["key"], tensors["value"]
         dtype = shapes.product_dtype or shapes.dtype

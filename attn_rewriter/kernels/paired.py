@@ -32,5 +32,10 @@ class Paired(Kernel):
             reasons.append("takes its mask in two ways")
         return [*dict.fromkeys(reasons)]
 
+    def varies(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> str:
+        return self.forward.varies(spec, replace(shapes, needs_backward=False), device) or self.backward.varies(
+            spec, shapes, device
+        )
+
     def attend(self, spec: AttentionSpec, shapes: Shapes, device: Device, tensors: Tensors) -> Tensor:
         return attend(self.forward, self.backward, spec, shapes, tensors, self.falls_back)

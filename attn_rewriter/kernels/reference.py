@@ -18,6 +18,9 @@ class Reference(Kernel):
     name = "reference"
     adds_fills = True
 
+    def varies(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> str:
+        return ""  # operations of PyTorch, each of which sees to it by itself
+
     def attend(self, spec: AttentionSpec, shapes: Shapes, device: Device, tensors: Tensors) -> torch.Tensor:
         query, key, value = tensors["query"], tensors["key"], tensors["value"]
         if shapes.is_gqa:

@@ -28,6 +28,15 @@ _RING_MULTIPLE = 64
 all of a process's part or of a half."""
 
 
+def varies_in_training(device: Device) -> str:
+    """Why gradients of PyTorch's own attention differ from run to run while deterministic algorithms are asked for.
+    Where PyTorch may only warn, its flash and memory-efficient attention do so, and add up the gradient of the query in
+    any order as ever (`attention_backward.cu`); cuDNN's it does not take then (`sdp_utils.cpp`)."""
+    if device.platform == "cuda" and torch.is_deterministic_algorithms_warn_only_enabled():
+        return "has PyTorch's deterministic backward pass only without warn_only"
+    return "" if device.platform in ("cpu", "cuda") else f"may have a backward pass that varies on {device}"
+
+
 class SDPA(Kernel):
     """Any affine form: scale, biases, masks as tensors, causal without one, GQA, dropout; sinks as one more key."""
 
@@ -41,6 +50,9 @@ class SDPA(Kernel):
         reasons = super().refusals(spec, shapes, device)
         reasons += [form] if isinstance(form, str) else self._too_large(spec, shapes, device)
         return reasons + (self._local(spec, shapes, device) if ring() is not None else [])
+
+    def varies(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> str:
+        return varies_in_training(device) if shapes.needs_backward else ""
 
     @staticmethod
     def _local(spec: AttentionSpec, shapes: Shapes, device: Device) -> list[str]:
