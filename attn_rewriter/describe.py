@@ -584,8 +584,10 @@ class _Reading:
 
     def _may_mask(self, bias: State) -> bool:
         """Whether a bias that can't be read may hide all keys of a row: one that no parameter had a part in, and that
-        is the same for all heads, as masks are, unless it is handed in as it is."""
-        varies = axes(bias.dims)
+        varies over more than heads and keys, as ALiBi's slopes do."""
+        varies = set(axes(bias.dims))
+        if "key" not in varies or varies <= {"head", "key"}:
+            return False
         seen, stack = set[Node](), [bias.node]
         while stack:
             node = stack.pop()
@@ -594,8 +596,7 @@ class _Reading:
                 return False
             seen.add(node)
             stack += [x for x in node.all_input_nodes if x not in seen]
-        given = bias.node.op == "placeholder" and not {"batch", "query"}.isdisjoint(varies)
-        return "key" in varies and ("head" not in varies or given)
+        return True
 
     def _check_shift(self, step: Shift, dims: Dims) -> None:
         """What is taken off the scores must be the same for all keys of a row."""

@@ -358,7 +358,9 @@ class _Site:
         read, eager = (self._exactly(compute, values, specified) for compute in (self._spec, self._eager))
         for what, a, b in zip(_WHAT, read, eager):
             if not _agree(a, b):
-                return f"its {what} differs from what the model's own operations give"
+                return (
+                    f"its {what} {'differ' if what[-1] == 's' else 'differs'} from what the model's own operations give"
+                )
         return ""
 
     def _kernel_differs(self, values: Mapping[Node, Any]) -> str:

@@ -774,7 +774,7 @@ def _evaluated(name: str, values: list[Index], given: tuple[Index, ...], dtype: 
             other.isnan().all() and first.isnan().all()
         ):
             raise Unreadable(f"what {name} makes of numbers that {dtype} rounds")
-    return first[0]  # type: ignore[no-any-return]
+    return first[0]
 
 
 _MANY = 129
