@@ -11,6 +11,7 @@ import torch
 
 from attn_rewriter.device import Device
 from attn_rewriter.kernels.base import Kernel, Limits, Tensors
+from attn_rewriter.kernels.fully_masked import levels, may_mask
 from attn_rewriter.kernels.masking import bias_terms, keep_mask, scaled_query, sink_scores
 from attn_rewriter.packages import unimportable
 from attn_rewriter.spec import AttentionSpec, Mask, Modifier, ScaleBy, Shapes, Softcap
@@ -59,6 +60,7 @@ class Decode(Kernel):
     """Any affine form, and one softcap, in inference; blocks of keys that are masked are not read."""
 
     name = "decode"
+    adds_fills = True
     limits = Limits(
         platforms=frozenset({"cuda"}),
         min_capability=(8, 0),
@@ -107,7 +109,11 @@ class Decode(Kernel):
         biases = bias_terms(form.biases, tensors)
         sinks = None if spec.sinks is None else sink_scores(spec.sinks, tensors)
         keep = keep_mask(masks, shapes, tensors)
-        if keep is not None and spec.fully_masked_rows in ("mean", "mean, added"):
+        if may_mask(spec) or spec.fully_masked_rows == "by fill":
+            lifted, rows = levels(spec, shapes, tensors)
+            biases, keep = [lifted], None if keep is None else keep | rows
+            query = torch.where(rows, query.new_zeros(()), query)
+        elif keep is not None and spec.fully_masked_rows in ("mean", "mean, added"):
             keep = torch.where(keep.any(-1, keepdim=True), keep.to(torch.uint8), split_keys.EQUAL)
         empty = 0.0 if spec.fully_masked_rows == "zeros" else float("nan")
         numbers = form.scale, form.softcap, form.factor, empty
