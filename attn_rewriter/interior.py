@@ -37,6 +37,12 @@ class Interior:
         return tuple(dict.fromkeys(node for node in nodes if isinstance(node, Node)))
 
     @cached_property
+    def masks(self) -> tuple[Node, ...]:
+        """The operands that only choose."""
+        nodes = (state.node for state in self.found.operands.values())
+        return tuple(dict.fromkeys(node for node in nodes if isinstance(node, Node) and node not in self.numeric))
+
+    @cached_property
     def nodes(self) -> tuple[Node, ...]:
         """The operations, in order."""
         after: set[Node] = set()  # what depends on the operands

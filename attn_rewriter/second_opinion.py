@@ -47,8 +47,8 @@ log = logging.getLogger("attn_rewriter")
 COORDINATES = 2**22
 """Of a mask, all of which are compared."""
 
-MASK = {"cpu": 2**24, "cuda": 2**28}
-"""Elements of what a mask is made of, by device: more take too long to compute once more."""
+MASK = {"cpu": 2**22, "cuda": 2**28}
+"""Elements of what masks are made of, by device, in all draws together: more take too long to compute once more."""
 
 SCORES = {"cpu": 2**18, "cuda": 2**22}
 """Scores of a site that is run as a whole, by device."""
@@ -107,7 +107,8 @@ class Opinions:
         given = [x for x in self.inputs if isinstance(x, Tensor)]
         if given and not any(isinstance(x, FakeTensor) for x in given):
             yield _Draw(0, self.inputs)
-        for number in range(1, DRAWS + 1):
+        batch, _, q_len, kv_len = site.sizes
+        for number in range(1, min(DRAWS, MASK[site.device.type] // max(batch * q_len * kv_len, 1)) + 1):
             yield _Draw(number, ())
 
 
@@ -123,12 +124,14 @@ class _Draw:
         self.env: dict[Node, Any] = {}
 
     def values(self, site: _Site) -> dict[Node, Any]:
-        """Of all that a site needs: operands that enter the arithmetic are random numbers, all else is computed."""
+        """Of all that a site needs, or, where it is large, its masks: operands that enter the arithmetic are random
+        numbers, all else is computed."""
         inside = site.inside
-        for node in inside.numeric:
+        wanted = inside.needs if site.is_small else inside.masks
+        for node in inside.numeric if site.is_small else ():
             self.env[node] = self._number(node)
-        self._compute(inside.facts, inside.needs, inside.output)
-        return {node: self.env[node] for node in inside.needs}
+        self._compute(inside.facts, wanted, inside.output)
+        return {node: self.env[node] for node in wanted}
 
     def _number(self, node: Node) -> Any:
         like = tensor(node)

@@ -236,6 +236,8 @@ def test_kernels_of_a_gpu(kernel: str, program: Program, mask: str, dtype: torch
 def test_backends_of_sdpa(backend: SDPBackend, program: Program, mask: str, dtype: torch.dtype, training: bool) -> None:
     if backend is not SDPBackend.MATH and program.groups > 1:
         pytest.skip("PyTorch chooses by itself where heads are grouped")
+    if backend is SDPBackend.CUDNN_ATTENTION and program.bias == "learned" and training:
+        pytest.skip("cuDNN has no gradient of a bias")
     with sdpa_kernel([backend]):
         compare(program, "sdpa", mask, dtype, training, where="cuda", length=200)
 
@@ -307,6 +309,25 @@ def test_calls_of_sdpa_give_zeros(mask: str, kind: str, kernel: str) -> None:
     assert report().n_fused == 1
     with sdpa_kernel([SDPBackend.MATH]):  # the kernel for CPUs takes such rows' weights for 1 in its backward pass
         assert_the_same(found, with_gradients(function, inputs))
+
+
+@GPU
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", ["bool", "added"])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("backend", [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+def test_calls_of_sdpa_give_zeros_on_a_gpu(backend: SDPBackend, mask: str, kind: str, dtype: torch.dtype) -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        added = torch.zeros_like(keep, dtype=q.dtype).masked_fill(~keep, INF)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=keep if kind == "bool" else added)
+
+    if backend is SDPBackend.CUDNN_ATTENTION and dtype == torch.float32:
+        pytest.skip("cuDNN takes half precision")
+    inputs = [x.detach() for x in Program("where").inputs(mask, 0, dtype, "cuda", 200)[:4]]
+    with sdpa_kernel([backend]):
+        output = rewritten(function, kernel="sdpa")[0](*inputs)
+    rows = ~inputs[3].any(-1, keepdim=True)
+    assert not output.masked_select(rows).any() and output.isfinite().all()
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -109,13 +109,14 @@ class Flex(Kernel):
         varies = keep.varies_over()
         made: dict[Any, Any] = {}  # tensors that take part beside the model's own
         if may_mask(spec) or spec.fully_masked_rows == "by fill":
-            made["levels"], made["rows"] = levels(spec, shapes, tensors, biases=False)
+            # In memory, because Inductor fails on what is read by both functions and not laid out yet (2.11).
+            made["levels"], made["rows"] = (in_memory(x) for x in levels(spec, shapes, tensors, biases=False))
             masking = [m for m in modifiers if isinstance(m, Bias) and m.may_mask]
             varies |= {axis for bias in masking for axis in bias.axes}
             added = Bias("levels", axes=tuple(axis for axis in AXES if axis in varies))
             modifiers = [*(m for m in modifiers if m not in masking), _Emptied("rows", shapes.needs_backward), added]
         elif self._shows_rows(spec, shapes):
-            made["rows"] = fully_masked_rows(keep, shapes, tensors)
+            made["rows"] = in_memory(fully_masked_rows(keep, shapes, tensors))
             modifiers.append(_Emptied("rows", spec.fully_masked_rows == "mean, added"))
         if made and keep != EVERY_KEY:
             keep |= TensorMask("rows", tuple(axis for axis in AXES if axis in varies - {"key"}))

@@ -132,25 +132,29 @@ def levels(spec: AttentionSpec, shapes: Shapes, tensors: Tensors, biases: bool =
     """What masks and biases add to the scores, broadcast to these, and which rows that hides as a whole.
 
     Such a row is lifted until its highest number is zero: a softmax does not change by that, and kernels compute with
-    numbers that are not as low. Its scores are swallowed by what is added, so that they count as zero there. Without
-    `biases`, those that can't be masks are left out.
+    numbers that are not as low. Its scores are swallowed by what is added, so that they count as zero there; and so
+    are smaller biases beside a fill. Without `biases`, those that can't be masks are left out.
     """
-    added: Any = tensors["query"].new_zeros(())
+    wide = torch.promote_types(shapes.dtype, torch.float32)
+    added: Any = tensors["query"].new_zeros((), dtype=wide)
     for modifier in spec.modifiers:
         match modifier:
             case Scale(factor):
                 added = added * factor
             case Bias(name, factor, may_mask=may_mask) if biases or may_mask:
-                added = added + tensors[str(name)] * factor
+                added = added + tensors[str(name)].to(wide) * factor
             case Mask(tensor=name, form="additive"):
-                added = added + tensors[str(name)]
+                added = added + tensors[str(name)].to(wide)
             case Mask(fills=(fill,)):
                 added = torch.where(keep(modifier, tensors), added, fill)
     highest = added.amax(-1, keepdim=True).detach()
-    rows = highest <= hidden_from(shapes.dtype)
+    rows = highest <= hidden_from(shapes.dtype) / 2  # Inductor does not round in between
     if spec.fully_masked_rows == "zeros":  # minus infinity stays, and gives zeros
         highest = highest.masked_fill(highest == float("-inf"), 0.0)
-    return torch.where(rows, added - highest, added).to(shapes.dtype), rows
+    lifted = added - highest
+    swallowed = lifted >= highest * torch.finfo(shapes.dtype).eps
+    lifted = torch.where(swallowed, lifted - lifted.detach(), lifted)  # whose gradient is left
+    return torch.where(rows, lifted, added).to(shapes.dtype), rows
 
 
 def may_mask(spec: AttentionSpec) -> bool:

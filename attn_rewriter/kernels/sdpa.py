@@ -98,7 +98,7 @@ class SDPA(Kernel):
         elif keep is not None:
             if spec.fully_masked_rows in ("mean", "mean, added"):
                 rows = ~keep.any(-1, keepdim=True)
-            attn_mask = self._mask(keep, rows, bias, spec, shapes)
+            attn_mask = self._mask(keep, rows, bias, spec, shapes, device)
         gradient: Any = None
         if rows is not None:  # with a query of zeros, and all keys shown, all weights are equal
             if shapes.needs_backward and may_mask(spec):
@@ -144,9 +144,11 @@ class SDPA(Kernel):
         return output
 
     @staticmethod
-    def _mask(keep: Any, rows: Any, bias: Any, spec: AttentionSpec, shapes: Shapes) -> Any:
+    def _mask(keep: Any, rows: Any, bias: Any, spec: AttentionSpec, shapes: Shapes, device: Device) -> Any:
         """The mask for PyTorch's function, in which `rows` see all keys, the scores of all being the same."""
-        if bias is None and spec.sinks is None:
+        # Of a boolean mask cuDNN makes no zeros in rows without a key, but of minus infinities it does (9.19).
+        zeros = spec.fully_masked_rows == "zeros" and SDPA._may_be_cudnn(shapes, device)
+        if bias is None and spec.sinks is None and not zeros:
             return keep if rows is None else keep | rows
         # PyTorch's softmax makes zeros of rows of minus infinities. Where there must be something else, half of the
         # lowest number keeps them finite, as kernels multiply by log2(e).
