@@ -759,7 +759,7 @@ def _evaluated(name: str, values: list[Index], given: tuple[Index, ...], dtype: 
     results = {str(number) for way in (first, *others) for number in way.to(first.dtype).reshape(-1).tolist()}
     if len(results) > 1:  # as words, for which two of what is no number are the same, and zeros of two signs are not
         raise Unreadable(f"what {name} makes of numbers that {dtype} rounds")
-    return first[0]  # type: ignore[no-any-return]
+    return first[0]
 
 
 _MANY = 129
