@@ -13,6 +13,7 @@ Head `h` of the query reads head `h // (num_heads // num_kv_heads)` of key and v
 
 from __future__ import annotations
 
+import ast
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -86,13 +87,6 @@ class Predicate:
     def reach(self, q_len: Size, kv_len: Size, at_most: Callable[[Size, Size], bool] = at_most) -> Size:
         """Up to how many of the `kv_len` keys, counted from the first, `q_len` queries may see; at least one."""
         return kv_len
-
-
-@lru_cache
-def parsed(text: str) -> Predicate | None:
-    """The predicate, or None, whose `repr` this is."""
-    names = (Always, And, Band, Compare, Index, Not, Quotient, TensorMask, Values)
-    return eval(text, {"__builtins__": {}}, {kind.__name__: kind for kind in names})
 
 
 def parts(value: Any) -> Iterator[Any]:
@@ -567,6 +561,49 @@ def _sees(
         case Always(value):
             return value
     return False  # what a tensor holds is not known
+
+
+_PARTS = {part.__name__: part for part in (Always, And, Band, Compare, Index, Not, Quotient, TensorMask, Values)}
+"""What predicates are made of."""
+
+
+def predicate_to_text(predicate: Predicate | None) -> str:
+    """A predicate of known sizes and named tensors as text, for operators, which take no other values than PyTorch's.
+    Its parts are tuples that begin with their name, and its tuples are lists."""
+    return repr(_to_literal(predicate))
+
+
+def _to_literal(value: Any) -> Any:
+    if value is None or type(value) in (bool, int, str):
+        return value
+    if type(value) is tuple:
+        return [_to_literal(item) for item in value]
+    if type(value) in _PARTS.values():
+        return (type(value).__name__, *(_to_literal(getattr(value, field.name)) for field in fields(value)))
+    raise TypeError(f"no text says what {value!r} is, a {type(value).__name__} in a predicate")
+
+
+@lru_cache
+def predicate_from_text(text: str) -> Predicate | None:
+    """The predicate, or None, that `predicate_to_text` wrote."""
+    found = _from_literal(ast.literal_eval(text))
+    if found is not None and not isinstance(found, Predicate):
+        raise ValueError(f"{text!r} is no predicate")
+    return found
+
+
+def _from_literal(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(map(_from_literal, value))
+    if isinstance(value, tuple):
+        name, *held = value or ("",)
+        part = _PARTS.get(name) if isinstance(name, str) else None
+        if part is None or len(held) != len(fields(part)):
+            raise ValueError(f"{value!r} is no part of a predicate")
+        return part(*map(_from_literal, held))
+    if value is None or type(value) in (bool, int, str):
+        return value
+    raise ValueError(f"{value!r} is no part of a predicate")
 
 
 # ---------------------------------------------------------------------------------------------------------------

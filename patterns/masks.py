@@ -439,7 +439,7 @@ _POSITIONS = {
 """The types that hold positions, and between which: beyond, integers wrap around, and others are rounded."""
 
 _LONGEST = 2**20
-"""Lengths that only the run knows are taken to be no longer, where a type has to hold positions."""
+"""Lengths that only the run knows are taken to be no longer than this, where a type has to hold positions."""
 
 _NUMBERS = (torch.bool, *_POSITIONS)
 
@@ -483,7 +483,7 @@ def _number(value: Any, dtype: torch.dtype, literal: bool) -> Any:
     try:
         exact = torch.float64 if isinstance(value, float) else torch.int64
         return torch.tensor(value, dtype=exact, device="cpu").to(dtype).item()
-    except (RuntimeError, OverflowError) as error:
+    except (RuntimeError, OverflowError, ValueError) as error:
         raise Unreadable(str(error)) from error
 
 
@@ -769,11 +769,9 @@ def _evaluated(name: str, values: list[Index], given: tuple[Index, ...], dtype: 
             first, *others = (getattr(torch, name)(*way) for way in ways)
     except (RuntimeError, OverflowError) as error:
         raise Unreadable(str(error)) from error
-    for other in (first, *others):
-        if not torch.equal(other.to(first.dtype).expand_as(first), first[0].expand_as(first)) and not (
-            other.isnan().all() and first.isnan().all()
-        ):
-            raise Unreadable(f"what {name} makes of numbers that {dtype} rounds")
+    results = {str(number) for way in (first, *others) for number in way.to(first.dtype).reshape(-1).tolist()}
+    if len(results) > 1:  # as words, for which two of what is no number are the same, and zeros of two signs are not
+        raise Unreadable(f"what {name} makes of numbers that {dtype} rounds")
     return first[0]
 
 

@@ -27,6 +27,7 @@ from attn_rewriter.kernels.masking import holds
 from attn_rewriter.patterns.axes import Atom, Dims, leaves
 from attn_rewriter.patterns.masks import MaskReader, Unreadable, Value, Where, coordinates
 from attn_rewriter.spec import Index, Predicate, Quotient, Values
+from tests.running import rewritten
 
 EXAMPLES = 20 * int(os.environ.get("ATTN_REWRITER_EXAMPLES", 50))
 Q_LEN, KV_LEN = 5, 7
@@ -347,3 +348,20 @@ def test_any_expression(program: Any) -> None:
     except (RuntimeError, TypeError, NotImplementedError, ZeroDivisionError, OverflowError, AttributeError):
         assume(False)
     assert_followed(expression)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# And in attention
+
+
+@pytest.mark.parametrize("name", [name for name in OTHERWISE if name != "an index of bytes"])  # Dynamo takes none
+def test_in_attention(name: str) -> None:
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        keep = (OTHERWISE[name]() != 0) | (torch.arange(KV_LEN) == 0)
+        return (query @ key.mT).masked_fill(~keep, -float("inf")).softmax(-1) @ value
+
+    shapes = (2, 3, Q_LEN, 4), (2, 3, KV_LEN, 4), (2, 3, KV_LEN, 4)
+    given = [torch.randn(shape, dtype=F64) for shape in shapes]
+    compiled, report = rewritten(attention)
+    torch.testing.assert_close(compiled(*given), attention(*given), rtol=1e-12, atol=1e-12)
+    assert report().n_fused == 1

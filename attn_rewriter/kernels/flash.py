@@ -47,7 +47,8 @@ from attn_rewriter.spec import (
     Size,
     Softcap,
     at_most,
-    parsed,
+    predicate_from_text,
+    predicate_to_text,
     same,
 )
 
@@ -246,7 +247,7 @@ def attend(
     biases = [bias.masked_fill(bias <= lowest, float("-inf")) for bias in terms]
     window = (-1 if side is None else side for side in (form.left, form.right))
     names, numbers = (forward.name, backward.name), (scale, form.softcap, *window, spec.dropout_p)
-    options = (*names, *numbers, repr(form.mask), falls_back)
+    options = (*names, *numbers, predicate_to_text(form.mask), falls_back)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     attention = flash_attention_with_dropout if spec.dropout_p else flash_attention
     output = attention(query, key, value, sinks, parts, masks, biases, *options)[0].transpose(1, 2)
@@ -365,7 +366,7 @@ def _flash_attention(
     mask: str,
     falls_back: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    how = How(scale, softcap, left, right, dropout_p, parsed(mask), parts, masks, biases)
+    how = How(scale, softcap, left, right, dropout_p, predicate_from_text(mask), parts, masks, biases)
     given = _held(query), _held(key), _held(value)
     with made_current(query.device):
         passed = _computed("forward", forward, how, falls_back, lambda kernel: kernel.forward(*given, how), *given)
@@ -418,7 +419,7 @@ def _flash_attention_backward(
     mask: str,
     falls_back: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    how = How(scale, softcap, left, right, dropout_p, parsed(mask), parts, masks, biases)
+    how = How(scale, softcap, left, right, dropout_p, predicate_from_text(mask), parts, masks, biases)
     kept = Kept(_held(query), _held(key), _held(value), output, logsumexp, random)
     gradient = _held(gradient)
     run = lambda kernel: kernel.backward(gradient, kept, how)  # noqa: E731
