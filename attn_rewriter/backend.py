@@ -9,22 +9,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch._dynamo.exc import ShortenTraceback, TorchDynamoException
 from torch.autograd.graph import saved_tensors_hooks
 from torch.fx import GraphModule
 
 from attn_rewriter.buffers import Buffers, copied, forget, kept, note
 from attn_rewriter.choose import requested
-from attn_rewriter.compilers import NAME, WITHOUT_AOT, compiled_again, compiler_of, compiling
-from attn_rewriter.context_parallel import ring
+from attn_rewriter.compilers import WITHOUT_AOT, compiled_again, compiler_of, compiling
+from attn_rewriter.context_parallel import never_give_up, ring
 from attn_rewriter.device import Device
-from attn_rewriter.device_map import trace_moves
+from attn_rewriter.device_map import NAME, watch
 from attn_rewriter.errors import RewriteError, is_out_of_memory
 from attn_rewriter.graph import graph_break
 from attn_rewriter.handed_on import handed_on
 from attn_rewriter.options import Options
-from attn_rewriter.packages import once_imported
 from attn_rewriter.pipeline import Checks, Settings, rewrite
 from attn_rewriter.report import Report
 from attn_rewriter.second_opinion import Opinions
@@ -33,7 +31,6 @@ from attn_rewriter.verify import verify
 from attn_rewriter.withhold import returns_to_the_caller
 
 log = logging.getLogger("attn_rewriter")
-once_imported("accelerate.hooks", trace_moves)
 
 
 class Backend:
@@ -100,10 +97,7 @@ class Backend:
     ) -> Callable[..., Any]:
         """A graph whose inputs are read by value where that is possible, and checked at each call. Where they hold
         something else, they are read `weakly`, and then not any more."""
-        if ring() is not None:
-            # Where Dynamo gives up, after too many compilations or an error, it runs the model as it is: here wrongly.
-            torch._dynamo.config.fail_on_recompile_limit_hit = True
-            torch._dynamo.config.suppress_errors = False
+        never_give_up()
         with Buffers(gm, example_inputs, weakly) as buffers:
             masks = self._handed_on(gm)
             compiled = self._unguarded(gm, example_inputs, settings, buffers.original, **kwargs)
@@ -220,8 +214,19 @@ def noting(masks: Mapping[int, Any], compiled: Callable[..., Any]) -> Callable[.
     return call
 
 
-def attn_rewriter(
+def _by_name(
     gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None
 ) -> Callable[..., Any]:
     """What `torch.compile(model, backend="attn_rewriter", mode=…, options=…)` calls, found through its entry point."""
     return Backend(Options.of(options, mode))(gm, example_inputs)
+
+
+_by_name.__name__ = NAME
+
+
+def __getattr__(name: str) -> Any:
+    """Dynamo loads a backend from its entry point when someone first compiles with it, by `backend="attn_rewriter"`."""
+    if name == NAME:
+        watch()
+        return _by_name
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,6 +14,7 @@ from torch._dynamo.callback import CallbackArgs, CallbackTrigger, callback_handl
 from torch._guards import CompileContext
 from torch.fx import GraphModule
 
+from attn_rewriter.device_map import NAME, watch
 from attn_rewriter.inductor import kept_out, without_attention_patterns
 from attn_rewriter.options import Options
 from attn_rewriter.progress import name_of, working
@@ -28,7 +29,11 @@ class CompilerOfOurs:
 
     compile: Callable[..., Any]
 
+    def __post_init__(self) -> None:
+        watch()
+
     def __call__(self, gm: GraphModule, example_inputs: Any, **kwargs: Any) -> Any:
+        watch()  # once more, should it be forgotten
         with without_attention_patterns():
             return self.compile(gm, example_inputs, **kwargs)
 
@@ -77,9 +82,6 @@ def compiled_again(graph: GraphModule, backend: Callable[..., Any]) -> Callable[
         return graph(*args)
 
     return torch.compile(with_own_code(forward), backend=Again(backend))
-
-
-NAME = "attn_rewriter"
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,78 @@
 accelerate keeps Dynamo out of all of its hooks, because some of them load weights. There is one on every module, so
 that a graph ends at each projection, where the attention weights are still alive. Those that only move tensors can be
 compiled: `tensor.to(device)` is an operation like any other.
+
+It is accelerate's classes that are changed for this, when a model that has hooks is compiled with this package, and not
+before. Hooks may be put on a model at any time, also after `torch.compile`, which tells a backend nothing of models: so
+Dynamo's own frames are read, when it begins to compile one (`_begins`; here alone). Where they look otherwise in
+another version of PyTorch, nothing is changed, and graphs end at each hook.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import inspect
+import sys
+from collections.abc import Callable, Iterator
 from itertools import product
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 import torch
+from torch import nn
+from torch._dynamo.callback import CallbackArgs, callback_handler
+
+NAME = "attn_rewriter"
+"""What backends of this package are called."""
+
+_HOOKS = "accelerate.hooks"
+_changed: set[ModuleType] = set()
+
+
+def watch() -> None:
+    """See to models with hooks that will be compiled. (`torch._dynamo.reset()` forgets this.)"""
+    if _begins not in callback_handler.start_callbacks:
+        callback_handler.start_callbacks.append(_begins)
+
+
+def _begins(args: CallbackArgs) -> None:
+    """Dynamo begins to compile a frame."""
+    hooks = sys.modules.get(_HOOKS)
+    if hooks is None or hooks in _changed:
+        return
+    frame = inspect.currentframe()
+    while frame is not None and not _is_dynamos(frame):
+        frame = frame.f_back
+    if frame is not None and _is_ours(frame.f_locals.get("compiler_fn")) and any(map(_has_hooks, _models(frame))):
+        _changed.add(hooks)
+        trace_moves(hooks)
+
+
+def _is_dynamos(frame: FrameType) -> bool:
+    return frame.f_code.co_name == "_compile" and frame.f_globals.get("__name__") == "torch._dynamo.convert_frame"
+
+
+def _is_ours(backend: Any) -> bool:
+    while hasattr(backend, "_torchdynamo_orig_backend"):
+        backend = backend._torchdynamo_orig_backend
+    return getattr(backend, "compiler_name", getattr(backend, "__name__", "")) == NAME
+
+
+def _models(frame: FrameType) -> Iterator[nn.Module]:
+    """The modules that a frame to be compiled has as variables, or whose methods."""
+    code, cells, variables, outside = (frame.f_locals.get(name) for name in ("code", "closure", "locals", "globals"))
+    held = [cell.cell_contents for cell in cells or () if cell != type(cell)()]
+    held += (variables or {}).values()
+    outside = outside or {}
+    held += [outside[name] for name in getattr(code, "co_names", ()) if name in outside]
+    for x in held:
+        model = x.__self__ if inspect.ismethod(x) else x
+        if isinstance(model, nn.Module):
+            yield model
+
+
+def _has_hooks(model: nn.Module) -> bool:
+    return any("_hf_hook" in vars(module) for module in model.modules())
 
 
 def trace_moves(hooks: ModuleType) -> None:

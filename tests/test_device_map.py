@@ -226,14 +226,50 @@ def test_a_mask_from_another_device(kernel: str) -> None:
     assert {device.type for device in devices} == {"meta"}
 
 
-def test_accelerate_is_not_imported() -> None:
-    """Whoever imports it later finds its hooks traced all the same."""
-    script = (
-        "import sys, attn_rewriter; assert 'accelerate' not in sys.modules; import accelerate.hooks as hooks;"
-        "print(hooks.AlignDevicesHook.pre_forward.__code__.co_filename)"
-    )
-    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == attn_rewriter.device_map.__file__
+_SCRIPT = """
+import sys
+import attn_rewriter
+assert "accelerate" not in sys.modules
+import torch
+import accelerate.hooks as hooks
+
+plain = {name: vars(hooks.AlignDevicesHook)[name] for name in ("pre_forward", "post_forward")}
+changed = lambda: any(vars(hooks.AlignDevicesHook)[name] is not plain[name] for name in plain)
+x = torch.ones(2, 4)
+without, model = torch.nn.Linear(4, 4), torch.nn.Sequential(torch.nn.Linear(4, 4))
+hooks.add_hook_to_module(model[0], hooks.AlignDevicesHook("cpu", io_same_device=True))
+backend = lambda: attn_rewriter.Backend(attn_rewriter.Options(compiler="eager"))
+assert not changed()
+attn_rewriter.optimize(without, compiler="eager")(x)
+attn_rewriter.explain(without, x)
+torch.compile(model, backend="eager")(x)
+torch.compile(without, backend=backend())(x)
+assert not changed()
+torch._dynamo.reset()
+torch._dynamo.utils.counters.clear()
+# The way in to try:
+{way}
+assert changed()
+assert not torch._dynamo.utils.counters["graph_break"]
+"""
+_WAYS = {
+    "optimize": "attn_rewriter.optimize(model, compiler='eager')(x)",
+    "explain": "attn_rewriter.explain(model, x)",
+    "patch": "attn_rewriter.patch(compiler='eager'); torch.compile(model)(x)",
+    "a method": "torch.compile(model.forward, backend=backend())(x)",
+    "a function": "torch.compile(lambda x: model(x), backend=backend())(x)",
+    "a function of a model": "torch.compile(lambda model, x: model(x), backend=backend())(model, x)",
+    "a backend": "torch.compile(model, backend=backend())(x)",
+    "a backend by name": "torch.compile(model, backend='attn_rewriter', options={'compiler': 'eager'})(x)",
+}
+
+
+@pytest.mark.parametrize("way", _WAYS)
+def test_hooks_are_changed_where_a_model_has_them(way: str) -> None:
+    """Not when this package is imported, nor for other models, nor for what others compile; then by every way in."""
+    script = _SCRIPT.replace("{way}", _WAYS[way])
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert not ran.returncode, ran.stderr
 
 
 TWO = {**dict.fromkeys(BLOCKS[:3], 0), **dict.fromkeys(BLOCKS[3:], 1)}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import attn_rewriter
-from attn_rewriter import RewriteError, buffers
+from attn_rewriter import buffers
 from attn_rewriter.context_parallel import Ring
 from tests.accuracy import assert_the_same
 
@@ -263,14 +263,18 @@ def test_masks_of_others_are_not_looked_at() -> None:
 
 
 def test_a_graph_of_another_ring(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A graph that was rewritten outside of `context_parallel` says so within, where it can't be compiled again."""
+    """A graph that was rewritten outside of `context_parallel` is compiled again within, and each is kept."""
 
     def function(x: Tensor) -> Tensor:
         return attend(x, causal(x[0, 0, :, 0][None]))
 
     compiled = attn_rewriter.optimize(function, compiler="eager")
-    x = torch.randn(2, 3, N, D)
+    x = torch.randn(2, 3, N, D, dtype=torch.float64)
+    rings = [None, Ring("a mesh", "options"), Ring("another mesh", "options")]
+    for n in (1, 2, 3, 3, 3):
+        monkeypatch.setattr(buffers, "ring", lambda around=rings[n - 1]: around)
+        assert_the_same(compiled(x), function(x))
+        assert len(said(compiled)) == n
+    monkeypatch.setattr(buffers, "ring", lambda: None)
     compiled(x)
-    monkeypatch.setattr(buffers, "ring", lambda: Ring("a mesh", "options"))
-    with pytest.raises(RewriteError, match=r"before torch\.distributed was initialised"):
-        compiled(x)
+    assert len(said(compiled)) == 3
