@@ -73,10 +73,6 @@ SCORES = (
     "{s} + (bias + bias2)",
     "{s}.add_(bias)",
     "torch.add({s}, bias2, alpha=0.5)",
-    "2.0 * torch.tanh({s} / 2.0)",
-    "torch.tanh({s} * 0.4) * 3.0",
-    "{s}.clamp(-1.0, 1.25)",
-    "{s}.clamp(min=-0.75)",
     "{s} * tau",
     "{s} * gate",
     "{s} - {s}.amax(-1, keepdim=True)",
@@ -85,13 +81,20 @@ SCORES = (
     "{s} + torch.arange({m}) * 0.1",
     "{s} - torch.arange({n} - 1, -1, -1)[:, None] * tau",
     "{s} + torch.diff(torch.arange({m} + 1).to(torch.uint8) * 100) * 0.01",
-    "{s}.relu()",
     "{s} + bias2.tril()",
     "{s} + bias[..., shuffle]",
     "({s} + bias) * 0.5",
     "{s} + bias.detach()",
+)
+CURVED = (
+    "2.0 * torch.tanh({s} / 2.0)",
+    "torch.tanh({s} * 0.4) * 3.0",
+    "{s}.clamp(-1.0, 1.25)",
+    "{s}.clamp(min=-0.75)",
+    "{s}.relu()",
     "torch.where({s} > 0, {s}, 0.1 * {s})",
 )
+"""What kernels for float64 don't compute, mostly."""
 
 NARROWED = (
     "{x}.float().to(DTYPE)",
@@ -112,6 +115,7 @@ NARROWED = (
 """Through narrower types, and back."""
 
 FILLS = ("float('-inf')", "torch.finfo(DTYPE).min", "-1e9", "-1e4", "torch.finfo(DTYPE).min / 2", "-30.0", "-3.0")
+USUAL = (*FILLS, *FILLS[:3], *FILLS[:3], *FILLS[:3])
 
 APPLIED = (
     "{s}.masked_fill(~{keep}, {fill})",
@@ -444,7 +448,7 @@ def operands(w: Writer, number: int) -> tuple[str, str, str, Lengths]:
     """Query, key and value `[batch, heads, length, head_dim]`, and what their lengths are called."""
     at = w.choose("lengths", {"n, m": Lengths(), "n, n": Lengths("n", "n", True), "n, l": Lengths("n", "l")}, 0.55)
     b, h, d, g = w.batch, w.heads, w.head_dim, w.groups
-    s = "" if number == 0 or w.choose.chance("operands are shared", 0.6) else f"_{number}"
+    s = "" if w.choose.chance("operands are shared", 0.6) or number == 0 else f"_{number}"
     t = s + {"m": "", "n": "n", "l": "l"}[at.m]
     value_dim = at.m if w.drops else d
     new_value = (
@@ -523,8 +527,10 @@ def weights(w: Writer, q: str, k: str, at: Lengths, keep: Keep | None) -> str:
     choose = w.choose
     s = w.let("s", choose("product", PRODUCTS, 0.35), at, q=q, k=k)
     s = w.let("s", choose("scale", SCALES, 0.4), s=s, k=k)
-    for number in range(choose("number of steps", (0, 1, 2), 0.45)):
+    for number in range(choose("number of steps", (0, 1, 2), 0.4)):
         s = w.let("s", choose(f"step {number}", SCORES), at, s=s)
+    if choose.chance("scores are curved", 0.05 if w.dtype == "float64" else 0.25):
+        s = w.let("s", choose("curve", CURVED), at, s=s)
     if choose.chance("scores are narrowed", 0.05):
         s = _narrowed(w, "scores", s)
     if keep is not None:
@@ -552,17 +558,17 @@ def _narrowed(w: Writer, what: str, x: str) -> str:
 
 def masked(w: Writer, s: str, at: Lengths, keep: Keep) -> str:
     choose = w.choose
-    fill = choose("fill", FILLS, 0.7)
+    fill = choose("fill", USUAL, 0.7)
     finite = fill if "inf'" not in fill else "-1e9"
     how = choose("applied", APPLIED, 0.7)
     s = w.let("s", how, at, s=s, keep=keep.name, fill=fill, finite=finite)
     if choose.chance("another mask after it", 0.12):
         with choose.within("another"):
             other = Keep(_mask(w, at), at)
-            fill = choose("fill", (fill, *FILLS))
+            fill = choose("fill", (fill, *USUAL))
             finite = fill if "inf'" not in fill else "-1e9"
             s = w.let("s", choose("applied", APPLIED), at, s=s, keep=other.name, fill=fill, finite=finite)
-    for number in range(choose("number of steps after it", (0, 1, 2), 0.3)):
+    for number in range(choose("number of steps after it", (0, 1, 2), 0.22)):
         step = choose(f"step after it {number}", AFTER)
         if ".float()" in step:
             w.tolerance = max(w.tolerance, 1e-5)
@@ -583,7 +589,7 @@ def attend(w: Writer, kind: str, number: int, q: str, k: str, v: str, at: Length
             said = f", attn_mask={keep.name}"
         elif how == "float":
             assert keep
-            fill = choose("fill", FILLS, 0.7)
+            fill = choose("fill", USUAL, 0.7)
             added = w.let("mask", "torch.zeros({keep}.shape, dtype=DTYPE).masked_fill(~{keep}, {fill})", keep=keep.name, fill=fill)
             added = w.let("mask", choose("with", ("{a}", "{a} + bias", "{a} - bias2", "bias + {a}", "2 * {a}"), 0.4), at, a=added)
             said = f", attn_mask={added}"
@@ -754,7 +760,7 @@ def between(w: Writer, number: int, keep: Keep | None) -> None:
 def program(seed: str, plain: Collection[str] = ()) -> tuple[str, Choices]:
     """The source of a random program, and the choices that made it."""
     choose = Choices(seed, plain)
-    dtype = choose("dtype", ("float64", "float32", "float16", "bfloat16"), 0.1)
+    dtype = choose("dtype", ("float64", "float32", "float16", "bfloat16"), 0.14)
     w = Writer(
         choose,
         batch=choose("batch", (2, 1, 3), 0.4),
@@ -764,11 +770,12 @@ def program(seed: str, plain: Collection[str] = ()) -> tuple[str, Choices]:
         dtype=dtype,
         drops=dtype == "float64" and choose.chance("dropout is above 0", 0.06),
     )
-    number_of_sites = choose("attentions", (1, 2, 3), 0.45)
     outputs: list[str] = []
-    for number in range(number_of_sites):
+    there = [number for number, often in ((1, 0.4), (2, 0.2)) if choose.chance(f"attention {number} is there", often)]
+    first = not there or choose("attention 0 is there", (False, True), 0.85)
+    for number in [0] * first + there:
         with choose.within(f"attention {number}"):
-            if number and choose.chance("graph break before", 0.08):
+            if outputs and choose.chance("graph break before", 0.08):
                 w.line("torch._dynamo.graph_break()")
             o, q, at = site(w, number)
             if not w.drops and q and choose.chance("changed later", 0.3):
@@ -798,7 +805,8 @@ def text(w: Writer, outputs: list[str]) -> str:
     source = body + "".join(w.inputs.values())
     tolerance = max(w.tolerance, 1e-6 if "1e9" in source else w.tolerance)
     wide = w.dtype if w.dtype == "float64" else "float32"
-    kernel = choose("kernel", ("auto", "sdpa", "flex"), 0.15)
+    narrow = w.dtype != "float64"
+    kernel = choose("kernel", ("auto", "sdpa", "flex") if narrow and wanted == "none" else ("auto", "sdpa"), 0.15)
     compiler = choose("compiler", ("as it is", "aot_eager"), 0.35)
     options = {**({"kernel": kernel} if kernel != "auto" else {}), **({"compiler": compiler} if compiler != "as it is" else {})}
     parameters = ", ".join(w.inputs)

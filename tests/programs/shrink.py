@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -23,9 +24,13 @@ def shrink(
 
 
 def alike(verdict: Verdict, other: Verdict) -> bool:
-    """Whether two failures may be one: rows without keys are not to be mistaken for others."""
-    kinds = [(v.kind, v.empty, v.said.partition(":")[0] if v.kind == "raised" else "") for v in (verdict, other)]
-    return kinds[0] == kinds[1]
+    """Whether two failures may be one. Rows without keys, and what is NaN there, are not to be mistaken for others."""
+    return _class(verdict) == _class(other)
+
+
+def _class(verdict: Verdict) -> tuple[str, bool, str]:
+    raised = verdict.said.partition(":")[0] if verdict.kind == "raised" else ""
+    return verdict.kind, verdict.empty, raised or "NaN" * ("not NaN" in verdict.said)
 
 
 def plainer(seed: str, verdict: Verdict, judge: Judge, until: float, always: Collection[str] = ()) -> str:
@@ -60,15 +65,23 @@ def smaller_text(source: str, verdict: Verdict, judge: Judge, until: float) -> s
                 if time.monotonic() > until:
                     return source
                 if tried != source and _loads(tried) and alike(judge(tried), verdict):
-                    source, start, again = tried, number, True
+                    source, start, again = _cleaned(tried, verdict, judge), number, True
                     break
             else:
                 break
     return source
 
 
+def _cleaned(source: str, verdict: Verdict, judge: Judge) -> str:
+    tree = ast.parse(source)
+    _without_unused(tree)
+    tried = ast.unparse(tree)
+    return tried if tried != source and alike(judge(tried), verdict) else source
+
+
 def _loads(source: str) -> bool:
     try:
+        warnings.simplefilter("ignore", SyntaxWarning)
         compile(source, "program", "exec")
     except (SyntaxError, ValueError):
         return False
@@ -89,20 +102,25 @@ def edited(source: str, start: int) -> Iterator[tuple[int, str]]:
 
 
 def _edits(tree: ast.Module) -> Iterator[Callable[[], None]]:
-    """What can be done to a tree, the most first: what is never used taken out, statements taken out, what is in a
-    block put in its place, expressions replaced by their parts."""
-    yield lambda: _without_unused(tree)
-    for node in [*ast.walk(tree)]:
+    """What can be done to a tree, the most first: outputs taken out, statements taken out, what is in a block put in
+    its place, arguments left out, expressions replaced by their parts."""
+    nodes = [x for part in tree.body if _is_open(part) for x in ast.walk(part)]
+    for node in nodes:
+        if isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple):
+            for x in node.value.elts:
+                yield lambda n=node, x=x: setattr(n, "value", x)
+    for statement in tree.body:
+        if isinstance(statement, (ast.FunctionDef, ast.ClassDef)) and statement.name not in NEEDED:
+            yield lambda s=statement: tree.body.remove(s)
+    for node in nodes:
         body = getattr(node, "body", None)
-        if isinstance(body, list):
+        if isinstance(body, list) and not isinstance(node, ast.ClassDef):
             for statement in reversed(body):
-                if isinstance(statement, (ast.Import, ast.ImportFrom)):
-                    continue
                 if isinstance(statement, (ast.With, ast.If)):
                     yield lambda b=body, s=statement: _replace(b, s, s.body)
                 yield lambda b=body, s=statement: _replace(b, s, [] if len(b) > 1 else [ast.Pass()])
-    for node in [*ast.walk(tree)]:
-        if isinstance(node, (ast.Tuple, ast.List)):
+    for node in nodes:
+        if isinstance(node, (ast.Tuple, ast.List)) and not _are_numbers(node):
             for x in node.elts if len(node.elts) > 1 else ():
                 yield lambda n=node.elts, x=x: n.remove(x)
         elif isinstance(node, ast.Dict):
@@ -111,13 +129,23 @@ def _edits(tree: ast.Module) -> Iterator[Callable[[], None]]:
         elif isinstance(node, ast.Call):
             for x in node.keywords:
                 yield lambda n=node.keywords, x=x: n.remove(x)
-    for node in [*ast.walk(tree)]:
+    for node in nodes:
         for name, value in ast.iter_fields(node):
             for i, x in enumerate(value if isinstance(value, list) else [value]):
                 if isinstance(x, ast.expr) and not isinstance(getattr(x, "ctx", None), ast.Store):
                     for part in _parts(x):
                         yield lambda n=node, f=name, v=value, i=i, p=part: _put(n, f, v, i, p)
     yield lambda: _inlined(tree)
+
+
+NEEDED = ("rand", "inputs", "program", "Program", "change")
+
+
+def _is_open(statement: ast.stmt) -> bool:
+    """Whether a part of a program may be edited: not how its inputs are drawn."""
+    if isinstance(statement, ast.Assign):
+        return getattr(statement.targets[0], "id", "") in ("CALLS", "OPTIONS")
+    return isinstance(statement, (ast.FunctionDef, ast.ClassDef)) and statement.name not in ("rand", "inputs")
 
 
 def _parts(x: ast.expr) -> Iterator[ast.expr]:
@@ -137,6 +165,10 @@ def _parts(x: ast.expr) -> Iterator[ast.expr]:
         yield from (x.body, x.orelse)
     elif isinstance(x, ast.Attribute) and x.attr in ("mT", "T", "data"):
         yield x.value
+
+
+def _are_numbers(node: ast.Tuple | ast.List) -> bool:
+    return all(isinstance(x, ast.Constant) for x in node.elts)
 
 
 def _is_module(x: ast.expr) -> bool:
