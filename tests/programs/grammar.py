@@ -366,8 +366,8 @@ class Writer:
 
 
 def positions(w: Writer, length: str) -> str:
-    x = w.let("x", w.choose("positions", masks.POSITIONS, 0.45), L=length)
-    for number in range(w.choose("number of maps", (0, 1, 2), 0.35)):
+    x = w.let("x", w.choose("positions", masks.POSITIONS, 0.3), L=length)
+    for number in range(w.choose("number of maps", (0, 1, 2), 0.2)):
         x = w.let("x", w.choose(f"map {number}", masks.MAPS), x=x)
     return x
 
@@ -376,15 +376,15 @@ def relation(w: Writer, at: Lengths) -> str:
     """A mask `[n, m]` that compares positions."""
     with w.choose.within("queries"):
         i = positions(w, at.n)
-        i = w.let("i", w.choose("column", masks.COLUMNS, 0.4), at, p=i)
+        i = w.let("i", w.choose("column", masks.COLUMNS, 0.25), at, p=i)
     with w.choose.within("keys"):
         j = positions(w, at.m)
-        j = w.let("j", w.choose("row", masks.ROWS, 0.4), at, p=j)
-    return w.let("keep", w.choose("relation", masks.RELATIONS, 0.6), at, i=i, j=j)
+        j = w.let("j", w.choose("row", masks.ROWS, 0.25), at, p=j)
+    return w.let("keep", w.choose("relation", masks.RELATIONS, 0.5), at, i=i, j=j)
 
 
 def base(w: Writer, at: Lengths) -> str:
-    kind = w.choose("base", ("relation", "matrix", "padding", "buffer"), 0.65)
+    kind = w.choose("base", ("relation", "matrix", "padding", "buffer"), 0.55)
     if kind == "relation":
         return relation(w, at)
     if kind == "matrix":
@@ -418,19 +418,19 @@ def mask(w: Writer, at: Lengths) -> Keep:
 def _mask(w: Writer, at: Lengths) -> str:
     with w.choose.within("one"):
         a = base(w, at)
-    if w.choose.chance("two masks", 0.3):
+    if w.choose.chance("two masks", 0.22):
         with w.choose.within("two"):
             b = base(w, at)
         a = w.let("keep", w.choose("combination", masks.COMBINATIONS), at, a=a, b=b)
-    a = w.let("keep", w.choose("round trip", masks.ROUND_TRIPS, 0.25), at, a=a)
-    if w.choose.chance("rearranged", 0.2):
+    a = w.let("keep", w.choose("round trip", masks.ROUND_TRIPS, 0.15), at, a=a)
+    if w.choose.chance("rearranged", 0.12):
         a = w.let("keep", f"{a}.expand(torch.broadcast_shapes({a}.shape, ({at.n}, {at.m})))")
         a = w.let("keep", w.choose("rearrangement", masks.REARRANGED), at, a=a)
-    if w.choose.chance("written", 0.15):
+    if w.choose.chance("written", 0.1):
         a = w.let("keep", f"({a} & torch.ones({at.n}, {at.m}, dtype=torch.bool)).clone()")
         for number in range(w.choose("number of writes", (1, 2))):
             w.line(w.filled(w.choose(f"write {number}", masks.WRITES), at, a=a))
-    if not w.choose.chance("rows without keys", 0.5):
+    if not w.choose.chance("rows without keys", 0.7):
         some = {
             "the first key": "{a} | (torch.arange({m}) == 0)",
             "a diagonal": "{a} | torch.eye({n}, {m}, dtype=torch.bool) | (torch.arange({m}) == 1)",
@@ -527,24 +527,24 @@ def weights(w: Writer, q: str, k: str, at: Lengths, keep: Keep | None) -> str:
     choose = w.choose
     s = w.let("s", choose("product", PRODUCTS, 0.35), at, q=q, k=k)
     s = w.let("s", choose("scale", SCALES, 0.4), s=s, k=k)
-    for number in range(choose("number of steps", (0, 1, 2), 0.4)):
+    for number in range(choose("number of steps", (0, 1, 2), 0.3)):
         s = w.let("s", choose(f"step {number}", SCORES), at, s=s)
-    if choose.chance("scores are curved", 0.05 if w.dtype == "float64" else 0.25):
+    if choose.chance("scores are curved", 0.03 if w.dtype == "float64" else 0.2):
         s = w.let("s", choose("curve", CURVED), at, s=s)
     if choose.chance("scores are narrowed", 0.05):
         s = _narrowed(w, "scores", s)
     if keep is not None:
         s = masked(w, s, at, keep)
-    p = w.let("p", choose("softmax", SOFTMAX, 0.35), at, s=s)
+    p = w.let("p", choose("softmax", SOFTMAX, 0.25), at, s=s)
     if choose.chance("weights are narrowed", 0.05):
         p = _narrowed(w, "weights", p)
     if keep is not None and keep.source and choose.chance("its source is written", 0.7):
         w.line(w.filled(choose("source write", masks.SOURCE_WRITES), at, x=keep.source))
         again = w.let("keep", keep.again, at, x=keep.source)
         p = w.let("p", choose("zeroed again", ZEROED), at, p=p, keep=again)
-    elif keep is not None and choose.chance("weights are zeroed", 0.2):
+    elif keep is not None and choose.chance("weights are zeroed", 0.12):
         p = w.let("p", choose("zeroed", ZEROED), at, p=p, keep=keep.name)
-    if choose.chance("weights are changed", 0.12):
+    if choose.chance("weights are changed", 0.06):
         p = w.let("p", choose("change of weights", WEIGHTS), at, p=p)
     return p
 
@@ -558,9 +558,9 @@ def _narrowed(w: Writer, what: str, x: str) -> str:
 
 def masked(w: Writer, s: str, at: Lengths, keep: Keep) -> str:
     choose = w.choose
-    fill = choose("fill", USUAL, 0.7)
+    fill = choose("fill", USUAL, 0.6)
     finite = fill if "inf'" not in fill else "-1e9"
-    how = choose("applied", APPLIED, 0.7)
+    how = choose("applied", APPLIED, 0.55)
     s = w.let("s", how, at, s=s, keep=keep.name, fill=fill, finite=finite)
     if choose.chance("another mask after it", 0.12):
         with choose.within("another"):
@@ -568,7 +568,7 @@ def masked(w: Writer, s: str, at: Lengths, keep: Keep) -> str:
             fill = choose("fill", (fill, *USUAL))
             finite = fill if "inf'" not in fill else "-1e9"
             s = w.let("s", choose("applied", APPLIED), at, s=s, keep=other.name, fill=fill, finite=finite)
-    for number in range(choose("number of steps after it", (0, 1, 2), 0.22)):
+    for number in range(choose("number of steps after it", (0, 1, 2), 0.16)):
         step = choose(f"step after it {number}", AFTER)
         if ".float()" in step:
             w.tolerance = max(w.tolerance, 1e-5)
@@ -589,7 +589,7 @@ def attend(w: Writer, kind: str, number: int, q: str, k: str, v: str, at: Length
             said = f", attn_mask={keep.name}"
         elif how == "float":
             assert keep
-            fill = choose("fill", USUAL, 0.7)
+            fill = choose("fill", USUAL, 0.6)
             added = w.let("mask", "torch.zeros({keep}.shape, dtype=DTYPE).masked_fill(~{keep}, {fill})", keep=keep.name, fill=fill)
             added = w.let("mask", choose("with", ("{a}", "{a} + bias", "{a} - bias2", "bias + {a}", "2 * {a}"), 0.4), at, a=added)
             said = f", attn_mask={added}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from tests.programs.grammar import program
 from tests.programs.run import check
 from tests.programs.shrink import shrink
 
-CHUNK = 200
+CHUNK = 100
 """A process runs so many programs: what a compiled one leaves behind in memory is given back."""
 
 RETRIES = 20
@@ -47,8 +47,18 @@ class Tally:
                 setattr(self, name, mine + value)
 
 
-def run(seed: str, first: int, count: int, options: dict[str, Any], plain: tuple[str, ...], small: float) -> Tally:
-    """Programs of a seed, by their numbers. One that PyTorch can't run is drawn again."""
+def run(
+    seed: str,
+    first: int,
+    count: int,
+    options: dict[str, Any] | None = None,
+    plain: Collection[str] = (),
+    small: float = 60.0,
+    at_most: int | None = None,
+) -> Tally:
+    """Programs of a seed, by their numbers. One that PyTorch can't run is drawn again.
+
+    A failing one is made small for `small` seconds; but not more than `at_most` of them."""
     torch.set_num_threads(1)
     tally = Tally()
     for number in range(first, first + count):
@@ -69,7 +79,7 @@ def run(seed: str, first: int, count: int, options: dict[str, Any], plain: tuple
             tally.fully.update(choices.features)
         if verdict.kind in ("wrong", "raised", "doubted"):
             failure = {"program": name, "kind": verdict.kind, "said": verdict.said, "source": source}
-            if small:
+            if small and (at_most is None or len(tally.failures) < at_most):
                 failure["smallest"] = shrink(name, verdict, lambda text: check(text, options), small, plain)
             tally.failures.append(failure)
     return tally
