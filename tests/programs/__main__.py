@@ -52,9 +52,7 @@ def main() -> int:
     started = time.monotonic()
     of = {seed: Tally() for seed in given.seeds}
     whole = Tally()
-    for seed, tally in tallies(
-        given.seeds, given.count, given.jobs, given.options, tuple(given.plain), given.shrink
-    ):
+    for seed, tally in tallies(given.seeds, given.count, given.jobs, given.options, tuple(given.plain), given.shrink):
         of[seed].add(tally)
         whole.add(tally)
         for failure in tally.failures:

@@ -142,10 +142,11 @@ APPLIED = (
 AFTER = (
     "{s} * 0.5",
     "{s} * 1e-5",
+    "{s} * 1e-3",
     "{s} * 1e-9",
     "{s} / 1e4",
-    "{s} * tau.abs()",
     "{s} + bias",
+    "{s} * tau.abs()",
     "{s} - bias2",
     "{s} - 2.5",
     "{s} + 1e4",
@@ -247,7 +248,8 @@ REGIONS = {
 EXPORTED = {
     "plain": "return self.attend(q, k, v, bias2)",
     "autocast": (
-        "with torch.autocast('cpu', torch.bfloat16):\n            return self.attend(q, k, v, bias2) + 0.0 * bias2.sum()"
+        "with torch.autocast('cpu', torch.bfloat16):\n"
+        "            return self.attend(q, k, v, bias2) + 0.0 * bias2.sum()"
     ),
     "no_grad": "with torch.no_grad():\n            o = self.attend(q, k, v, bias2)\n        return o + q.sum() * 0.1",
     "autocast and no_grad": (
@@ -457,7 +459,9 @@ def operands(w: Writer, number: int) -> tuple[str, str, str, Lengths]:
         else f"rand(seed + 1{number}3, {b}, {h}, {at.m}, {d})"
     )
     options = OPERANDS[:2] if w.drops else OPERANDS
-    how = w.choose("operands", options if at.same else [x for x in options if "packed" not in x and "all" not in x], 0.5)
+    how = w.choose(
+        "operands", options if at.same else [x for x in options if "packed" not in x and "all" not in x], 0.5
+    )
     apart = {
         f"q{s}": f"rand(seed + 1{number}1, {b}, {h}, {at.n}, {d})",
         f"k{t}": f"rand(seed + 1{number}2, {b}, {h}, {at.m}, {d})",
@@ -568,8 +572,9 @@ def masked(w: Writer, s: str, at: Lengths, keep: Keep) -> str:
             fill = choose("fill", (fill, *USUAL))
             finite = fill if "inf'" not in fill else "-1e9"
             s = w.let("s", choose("applied", APPLIED), at, s=s, keep=other.name, fill=fill, finite=finite)
-    for number in range(choose("number of steps after it", (0, 1, 2), 0.16)):
-        step = choose(f"step after it {number}", AFTER)
+    often = 0.16 if w.dtype == "float64" else 0.4
+    for number in range(choose("number of steps after it", (0, 1, 2), often)):
+        step = choose(f"step after it {number}", (*AFTER, *AFTER[:6]))
         if ".float()" in step:
             w.tolerance = max(w.tolerance, 1e-5)
         s = w.let("s", step, at, s=s)
@@ -590,8 +595,12 @@ def attend(w: Writer, kind: str, number: int, q: str, k: str, v: str, at: Length
         elif how == "float":
             assert keep
             fill = choose("fill", USUAL, 0.6)
-            added = w.let("mask", "torch.zeros({keep}.shape, dtype=DTYPE).masked_fill(~{keep}, {fill})", keep=keep.name, fill=fill)
-            added = w.let("mask", choose("with", ("{a}", "{a} + bias", "{a} - bias2", "bias + {a}", "2 * {a}"), 0.4), at, a=added)
+            added = w.let(
+                "mask", "torch.zeros({keep}.shape, dtype=DTYPE).masked_fill(~{keep}, {fill})", keep=keep.name, fill=fill
+            )
+            added = w.let(
+                "mask", choose("with", ("{a}", "{a} + bias", "{a} - bias2", "bias + {a}", "2 * {a}"), 0.4), at, a=added
+            )
             said = f", attn_mask={added}"
         said += choose("scale of SDPA", ("", ", scale=0.3", ", scale=1.0"), 0.4)
         said += f", dropout_p={p_drop}" if w.drops else choose("dropout of SDPA", ("", ", dropout_p=0.0"), 0.2)
@@ -601,7 +610,9 @@ def attend(w: Writer, kind: str, number: int, q: str, k: str, v: str, at: Length
             one = weights(w, q, k, at, keep)
         with choose.within("second"):
             two = weights(w, k if at.same and choose.chance("roles change", 0.3) else f"({q} * 0.7)", k, at, keep)
-        how = choose("difference", ("({a} - 0.4 * {b}) @ {v}", "{a} @ {v} - 0.4 * ({b} @ {v})", "({a} - tau * {b}) @ {v}"))
+        how = choose(
+            "difference", ("({a} - 0.4 * {b}) @ {v}", "{a} @ {v} - 0.4 * ({b} @ {v})", "({a} - tau * {b}) @ {v}")
+        )
         o = w.let("o", how, at, a=one, b=two, v=v)
     elif kind == "summed":
         with choose.within("first"):
@@ -615,7 +626,11 @@ def attend(w: Writer, kind: str, number: int, q: str, k: str, v: str, at: Length
         if w.drops:
             p = w.let("p", f"F.dropout({p}, {p_drop})")
         elif choose.chance("dropout of nothing", 0.1):
-            none = ("F.dropout({p}, 0.0)", "F.dropout({p}, 0.3, training=False)", "F.dropout({p}, p=0.2, training=False)")
+            none = (
+                "F.dropout({p}, 0.0)",
+                "F.dropout({p}, 0.3, training=False)",
+                "F.dropout({p}, p=0.2, training=False)",
+            )
             p = w.let("p", choose("no dropout", none), p=p)
         o = w.let("o", choose("output", OUTPUTS, 0.3), at, p=p, v=v)
     if w.drops:
@@ -637,7 +652,18 @@ def multihead(w: Writer, kind: str, number: int) -> str:
         two = w.let("hidden", choose("matrix", [f"~({x})" for x in masks.MATRICES]), at)
         said += f", attn_mask={two}"
     if hides == "float mask":
-        two = w.let("mask", choose("float matrix", [f"torch.zeros({{n}}, {{m}}, dtype=DTYPE).masked_fill({x} == 0, {f})" for x in masks.MATRICES[:12] for f in FILLS[:4]]), at)
+        two = w.let(
+            "mask",
+            choose(
+                "float matrix",
+                [
+                    f"torch.zeros({{n}}, {{m}}, dtype=DTYPE).masked_fill({x} == 0, {f})"
+                    for x in masks.MATRICES[:12]
+                    for f in FILLS[:4]
+                ],
+            ),
+            at,
+        )
         said += f", attn_mask={two}"
     said += choose("need_weights", (", need_weights=False", ""), 0.3)
     if kind == "module":
@@ -648,11 +674,15 @@ def multihead(w: Writer, kind: str, number: int) -> str:
         "b_in": f"rand(seed + 54, {3 * e})",
         "w_out": f"rand(seed + 55, {e}, {e})",
     }
-    extra = choose("extra keys", ("None, None, False", "None, None, True", "b_in[:8].view(1, 1, 8), b_in[8:16].view(1, 1, 8), False"), 0.2)
+    extra = choose(
+        "extra keys",
+        ("None, None, False", "None, None, True", "b_in[:8].view(1, 1, 8), b_in[8:16].view(1, 1, 8), False"),
+        0.2,
+    )
     return w.let(
         "o",
-        f"F.multi_head_attention_forward(xq.transpose(0, 1), xk.transpose(0, 1), xk.transpose(0, 1), {e}, {h}, w_in, b_in, "
-        f"{extra}, 0.0, w_out, None, training=True{said})[0].transpose(0, 1)",
+        f"F.multi_head_attention_forward(xq.transpose(0, 1), xk.transpose(0, 1), xk.transpose(0, 1), {e}, {h}, "
+        f"w_in, b_in, {extra}, 0.0, w_out, None, training=True{said})[0].transpose(0, 1)",
     )
 
 
@@ -686,7 +716,8 @@ def exported(w: Writer) -> str:
         f"    def forward(self, q, k, v, bias2):\n        {region}\n"
     )
     w.top.append(
-        "EXAMPLE = {name: x.to(DTYPE) for name, x in inputs(*CALLS[0], 0).items() if name in ('q', 'k', 'v', 'bias2')}\n"
+        "EXAMPLE = inputs(*CALLS[0])\n"
+        "EXAMPLE = {name: EXAMPLE[name].to(DTYPE) for name in ('q', 'k', 'v', 'bias2')}\n"
         "PART = torch.export.export(Part(), (), EXAMPLE).module()\n"
     )
     return w.let("o", "PART(q=q, k=k, v=v, bias2=bias2)")
@@ -710,12 +741,18 @@ def site(w: Writer, number: int) -> tuple[str, str, Lengths]:
     regions = {
         x: y
         for x, y in REGIONS.items()
-        if not (narrow and x == "autocast" and w.dtype == "float16") and not (w.drops and ("twice" in x or "cond" in x or "nested" in x))
+        if not (narrow and x == "autocast" and w.dtype == "float16")
+        and not (w.drops and ("twice" in x or "cond" in x or "nested" in x))
     }
     region = choose("region", regions, 0.25)
     if choose.chance("query is written before", 0.04):
         q, k, v = (w.let(x[0], f"{x} * 1") for x in (q, k, v))
-        w.line(choose("write of an operand", (f"{k}[:, :, 0] = 1.0", f"{q}.mul_(2.0)", f"{v}.zero_()", f"{k}.copy_({k}.flip(2))")))
+        w.line(
+            choose(
+                "write of an operand",
+                (f"{k}[:, :, 0] = 1.0", f"{q}.mul_(2.0)", f"{v}.zero_()", f"{k}.copy_({k}.flip(2))"),
+            )
+        )
     inside = bool(region) and choose.chance("mask is made inside", 0.5)
     keep = None if inside or not has_mask else mask(w, at)
     if not inside:
@@ -798,17 +835,32 @@ def text(w: Writer, outputs: list[str]) -> str:
     is_module = bool(w.buffers or w.modules)
     calls = choose("calls", (1, 2, 3), 0.5 if w.buffers else 0.12)
     sizes = choose("sizes", ("one", "several", "dynamic"), 0.12)
-    lengths = [(n + 2 * i * (sizes != "one"), m + 2 * i * (sizes != "one")) for i in range(max(calls, 1 + (sizes == "several")))]
-    floats = [name for name, x in w.inputs.items() if x.startswith(("rand", "torch.eye")) and not re.search(r"> 0$|argsort|long|floor|cumsum", x)]
+    lengths = [
+        (n + 2 * i * (sizes != "one"), m + 2 * i * (sizes != "one"))
+        for i in range(max(calls, 1 + (sizes == "several")))
+    ]
+    floats = [
+        name
+        for name, x in w.inputs.items()
+        if x.startswith(("rand", "torch.eye")) and not re.search(r"> 0$|argsort|long|floor|cumsum", x)
+    ]
     wanted = choose("gradients", ("all", "none", "some", "one"), 0.45)
-    some = {"all": floats, "none": [], "some": [x for x in floats if choose.chance(f"of {x}", 0.5)], "one": floats[-1:]}[wanted]
+    some = {
+        "all": floats,
+        "none": [],
+        "some": [x for x in floats if choose.chance(f"of {x}", 0.5)],
+        "one": floats[-1:],
+    }[wanted]
     source = body + "".join(w.inputs.values())
     tolerance = max(w.tolerance, 1e-6 if "1e9" in source else w.tolerance)
     wide = w.dtype if w.dtype == "float64" else "float32"
     narrow = w.dtype != "float64"
     kernel = choose("kernel", ("auto", "sdpa", "flex") if narrow and wanted == "none" else ("auto", "sdpa"), 0.15)
     compiler = choose("compiler", ("as it is", "aot_eager"), 0.35)
-    options = {**({"kernel": kernel} if kernel != "auto" else {}), **({"compiler": compiler} if compiler != "as it is" else {})}
+    options = {
+        **({"kernel": kernel} if kernel != "auto" else {}),
+        **({"compiler": compiler} if compiler != "as it is" else {}),
+    }
     parameters = ", ".join(w.inputs)
     first = [] if "l" not in re.findall(r"\bl\b", body) else ["    l = m + 2"]
     used = [*w.inputs]
@@ -835,10 +887,13 @@ def text(w: Writer, outputs: list[str]) -> str:
     if is_module:
         made = [f"self.register_buffer({name!r}, {x})" for name, x in w.buffers.items()]
         made += [f"self.{name} = {x}" for name, x in w.modules.items()]
-        init = "\n".join(f"        {x}" for x in ["super().__init__()", *(["torch.manual_seed(0)"] if w.modules else []), *made])
+        init = "\n".join(
+            f"        {x}" for x in ["super().__init__()", *(["torch.manual_seed(0)"] if w.modules else []), *made]
+        )
         forward = "\n".join("    " + line for line in lines)
         parts.append(
-            f"class Program(nn.Module):\n    def __init__(self):\n{init}\n\n    def forward(self, {parameters}):\n{forward}\n"
+            f"class Program(nn.Module):\n    def __init__(self):\n{init}\n\n"
+            f"    def forward(self, {parameters}):\n{forward}\n"
         )
         if w.buffers and len(lengths) > 1:
             name = choose("changed buffer", sorted(w.buffers))

@@ -18,7 +18,7 @@ CHUNK = 100
 """A process runs so many programs: what a compiled one leaves behind in memory is given back."""
 
 RETRIES = 20
-KINDS = ("right", "wrong", "raised", "doubted", "invalid")
+KINDS = ("right", "wrong", "raised", "doubted", "not ours", "invalid")
 
 
 @dataclass
@@ -67,7 +67,7 @@ def run(
             source, choices = program(name, plain)
             verdict = check(source, options)
             tally.kinds[verdict.kind] += 1
-            if verdict.kind != "invalid":
+            if verdict.kind not in ("invalid", "not ours"):
                 break
         tally.programs += 1
         tally.sites += verdict.sites

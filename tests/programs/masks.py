@@ -1,7 +1,8 @@
 """How masks are written. Each table holds spellings as source text, the plainest first.
 
-`{L}` is a length, `{n}` and `{m}` are those of queries and keys, `{x}` is a tensor of positions, `{i}` and `{j}` are
-the positions of queries and of keys, such that they broadcast, and `{a}`, `{b}` are masks: true where a query sees a key.
+`{L}` is a length, `{n}` and `{m}` are those of queries and keys, and `{x}` is a tensor of positions. `{i}` and `{j}`
+are the positions of queries and of keys, such that they broadcast. `{a}` and `{b}` are masks: true where a query sees a
+key.
 """
 
 from __future__ import annotations

@@ -24,8 +24,9 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
+from io import StringIO
 from itertools import combinations, count
 from types import ModuleType
 from typing import Any
@@ -53,8 +54,9 @@ FEW = 1e-3
 
 @dataclass
 class Verdict:
-    """What came of a program. `kind` is one of: right, invalid (PyTorch itself raises, or is itself wrong when it
-    compiles), wrong, raised, doubted (the library warned that something which it had read was wrong)."""
+    """What came of a program. `kind` is one of: right, wrong, raised, doubted (the library warned that something which
+    it had read was wrong), invalid (plain PyTorch raises), not ours (it is wrong, or raises, without the library too,
+    where PyTorch compiles it)."""
 
     kind: str
     said: str = ""
@@ -200,7 +202,7 @@ def _checked(source: str, options: dict[str, Any]) -> Verdict:
     elif ours:
         verdict.kind, verdict.said = "raised" if "error" in ours[0] else "doubted", ours[0]
     if verdict.fails and (said := _without_us(source, names, options, expected)):
-        return Verdict("invalid", f"torch.compile itself: {said}")
+        return Verdict("not ours", said)
     return verdict
 
 
@@ -458,7 +460,7 @@ def _said(error: BaseException) -> str:
 def _quiet() -> Iterator[None]:
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(StringIO()):  # where FX prints errors of graphs
             warnings.simplefilter("ignore")
             yield
     finally:
