@@ -1,0 +1,7 @@
+"""Random programs of attention: whole functions and modules, as source text, compiled and compared with PyTorch.
+
+    python -m tests.programs --count 10000 --seeds 1 2 3 4 --jobs 2     draws, runs, shrinks, prints a table
+    python -m tests.programs --run program.py                           runs one program that was printed
+
+`choices` draws by name, `masks` and `grammar` write programs, `run` judges them, `shrink` makes a failing one small.
+"""

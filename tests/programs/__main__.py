@@ -1,0 +1,70 @@
+"""Draws programs, runs them, and says what came of them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from tests.programs.grammar import program
+from tests.programs.many import KINDS, Tally, tallies
+from tests.programs.run import check
+
+
+def table(of: dict[str, Tally], whole: Tally) -> str:
+    heads = ("seed", "programs", "sites", "fused", "left", *KINDS, "rows without keys")
+    lines = ["  ".join(f"{head:>8}" for head in heads)]
+    for name, t in [*of.items(), ("all", whole)]:
+        row = (name, t.programs, t.sites, t.fused, t.sites - t.fused, *(t.kinds[kind] for kind in KINDS), t.empty)
+        lines.append("  ".join(f"{x!s:>{max(8, len(head))}}" for x, head in zip(row, heads)))
+    lines += ["", "why sites were left as they are:"]
+    lines += [f"{n:8d}  {reason[:140]}" for reason, n in whole.refusals.most_common(40)]
+    lines += ["", "programs with each choice, and those of them in which every site was fused:"]
+    lines += [f"{n:8d}  {whole.fully[name]:8d}  {name}" for name, n in sorted(whole.drawn.items())]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.programs", description=__doc__)
+    parser.add_argument("--count", type=int, default=1000, help="how many programs, over all seeds")
+    parser.add_argument("--seeds", nargs="+", default=["1"])
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="a file for all results, as JSON")
+    parser.add_argument("--shrink", type=float, default=60.0, help="seconds to make a failing program small; 0: never")
+    parser.add_argument("--options", type=json.loads, default={}, help='for attn_rewriter.Options: {"verify": false}')
+    parser.add_argument("--plain", nargs="*", default=[], help="choices that are always the plainest, by their names")
+    parser.add_argument("--run", type=Path, nargs="+", help="run the programs in these files instead")
+    parser.add_argument("--show", nargs="+", help="print the programs of these names, as 1/17, instead")
+    given = parser.parse_args()
+    if given.show:
+        print("\n\n".join(program(name, given.plain)[0] for name in given.show))
+        return 0
+    if given.run:
+        verdicts = [(path, check(path.read_text(), given.options)) for path in given.run]
+        for path, verdict in verdicts:
+            print(f"{path}: {verdict.kind} ({verdict.fused} of {verdict.sites} sites fused) {verdict.said}")
+        return int(any(verdict.fails for _, verdict in verdicts))
+    started = time.monotonic()
+    of = {seed: Tally() for seed in given.seeds}
+    whole = Tally()
+    for seed, tally in tallies(given.seeds, given.count, given.jobs, given.options, tuple(given.plain), given.shrink):
+        of[seed].add(tally)
+        whole.add(tally)
+        for failure in tally.failures:
+            print(f"# {failure['program']} {failure['kind']}: {failure['said']}")
+            print(failure.get("smallest", failure["source"]), flush=True)
+        print(f"{whole.programs} programs, {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+    print(table(of, whole))
+    print(f"\n{whole.programs} programs in {time.monotonic() - started:.0f} s")
+    if given.out:
+        given.out.write_text(json.dumps({"all": vars(whole), "seeds": {k: vars(v) for k, v in of.items()}}, indent=1))
+    return int(bool(whole.kinds["wrong"] or whole.kinds["raised"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
