@@ -95,7 +95,8 @@ def compare(left: Index, right: Index, name: str) -> Predicate:
     left, right = _whole_number(left), _whole_number(right)
     if not (_integral(left.offset) and _integral(right.offset)):
         raise Unreadable("a comparison of positions with a fraction")
-    known = always(_bounds(left + -right), name)
+    reads_values = any(left.values()) or any(right.values())  # of which the sums may wrap around
+    known = None if reads_values else always(_bounds(left + -right), name)
     if known is not None:
         return known
     held = [*{*left.leaves(), *right.leaves()}]
@@ -758,6 +759,8 @@ def _evaluated(name: str, values: list[Index], given: tuple[Index, ...], dtype: 
     vectors or one by one, a power by multiplications, and, of a number that a half precision type rounds, with what it
     was before. It must not matter which of them is taken."""
     numbers = [value.offset for value in values]
+    if name in ("floor_divide", "remainder") and numbers[1] == -1:
+        raise Unreadable("a division that ends the process where it overflows")
     ways = [[torch.full((_MANY,), number, dtype=dtype, device="cpu") for number in numbers]]
     ways.append([way[0] for way in ways[0]])
     if name == "pow":

@@ -183,6 +183,7 @@ def test_followed(name: str, dtype: torch.dtype) -> None:
 
 # Where PyTorch wraps around or rounds, or kernels differ: followed or not, but never followed wrongly.
 OTHERWISE: dict[str, Callable[[], Tensor]] = {
+    "one more than the largest": lambda: INPUTS[KV_LEN, I64] < INPUTS[KV_LEN, I64] + 1,
     "bytes below zero": lambda: k(U8) - 1 > q(U8),
     "a difference of bytes": lambda: ones(U8).tril().diff(dim=-1, prepend=ones(U8)[:, :1]) > 0,
     "a difference of booleans": lambda: ones(BOOL).tril().diff(dim=-1, prepend=ones(BOOL)[:, :1]),
@@ -291,6 +292,21 @@ BINARY: dict[str, Callable[..., Tensor]] = {
         for name in ("add", "sub", "mul", "div", "lt", "eq", "floor_divide", "remainder", "pow")
     },
 }
+
+
+def _whole(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Whole division, but by -1: where that overflows, PyTorch ends the process."""
+
+    def divide(a: Any, b: Any) -> Tensor:
+        if (torch.as_tensor(b) == -1).any():
+            raise OverflowError
+        return function(a, b)
+
+    return divide
+
+
+for _name in ("floordiv", "mod", "div, down", "div, to zero", "floor_divide, in place", "remainder, in place"):
+    BINARY[_name] = _whole(BINARY[_name])
 
 
 def _wide(a: Tensor) -> Tensor:
