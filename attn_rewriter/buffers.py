@@ -19,9 +19,9 @@ from elsewhere compiles the graph as it was before, there. So does one where a l
 
 A tensor's state has its version, which counts every write that PyTorch sees, and where in which memory it lies: memory
 can be exchanged (`x.data = y`, `set_`, `swap_tensors`) or moved (`resize_`) without a write. PyTorch does not see what
-is written through `buffer.data`, or through
-memory that a tensor shares with something else (NumPy, another process): after such a write, call
-`torch.compiler.reset()`, as for anything else that `torch.compile` takes to be constant.
+is written through `buffer.data`, a storage, or memory that a tensor shares with something else (NumPy, another
+process): after such a write, call `torch.compiler.reset()`, as for anything else that `torch.compile` takes to be
+constant.
 """
 
 from __future__ import annotations
