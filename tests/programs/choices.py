@@ -14,12 +14,14 @@ class Choices:
     """Settles every choice of a program. The first of the options is always the plainest.
 
     A choice depends on the seed and on its own name only. So one choice can be made plain, and all others stay as they
-    were: this is how programs shrink. `plain` holds the names of choices that must be plain.
+    were: this is how programs shrink. `plain` holds the names of choices that must be plain, or "*" for all; `forced`
+    those that are settled, by the numbers of their options.
     """
 
-    def __init__(self, seed: str, plain: Collection[str] = ()) -> None:
-        self.seed, self.plain = seed, plain
+    def __init__(self, seed: str, plain: Collection[str] = (), forced: Mapping[str, int] | None = None) -> None:
+        self.seed, self.plain, self.forced = seed, frozenset(plain), forced or {}
         self.made: dict[str, int] = {}
+        self.options: dict[str, int] = {}
         self.features: set[str] = set()
         self._scope: list[str] = []
 
@@ -35,8 +37,9 @@ class Choices:
         chosen = drawn.randrange(len(named)) if often is None else 0
         if often is not None and drawn.random() < often and rest:
             chosen = drawn.choice(rest)
-        chosen = 0 if path in self.plain or name in self.plain else chosen
-        self.made[path] = chosen
+        chosen = 0 if not self.plain.isdisjoint((path, name, "*")) else chosen
+        chosen = self.forced.get(path, chosen)
+        self.made[path], self.options[path] = chosen, len(named)
         self.features.add(f"{name}: {named[chosen][0]}")
         return named[chosen][1]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -432,7 +432,7 @@ def _mask(w: Writer, at: Lengths) -> str:
         a = w.let("keep", f"({a} & torch.ones({at.n}, {at.m}, dtype=torch.bool)).clone()")
         for number in range(w.choose("number of writes", (1, 2))):
             w.line(w.filled(w.choose(f"write {number}", masks.WRITES), at, a=a))
-    if not w.choose.chance("rows without keys", 0.7):
+    if w.choose.chance("every row has a key", 0.25):
         some = {
             "the first key": "{a} | (torch.arange({m}) == 0)",
             "a diagonal": "{a} | torch.eye({n}, {m}, dtype=torch.bool) | (torch.arange({m}) == 1)",
@@ -794,9 +794,11 @@ def between(w: Writer, number: int, keep: Keep | None) -> None:
         w.line(w.filled(w.choose("write between", writes), keep.lengths, a=name))
 
 
-def program(seed: str, plain: Collection[str] = ()) -> tuple[str, Choices]:
+def program(
+    seed: str, plain: Collection[str] = (), forced: Mapping[str, int] | None = None
+) -> tuple[str, Choices]:
     """The source of a random program, and the choices that made it."""
-    choose = Choices(seed, plain)
+    choose = Choices(seed, plain, forced)
     dtype = choose("dtype", ("float64", "float32", "float16", "bfloat16"), 0.14)
     w = Writer(
         choose,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from tests.programs.grammar import program
-from tests.programs.run import check
+from tests.programs.run import Verdict, check
 from tests.programs.shrink import shrink
 
 CHUNK = 100
@@ -83,6 +84,31 @@ def run(
                 failure["smallest"] = shrink(name, verdict, lambda text: check(text, options), small, plain)
             tally.failures.append(failure)
     return tally
+
+
+def sweep(
+    options: dict[str, Any] | None = None, within: Collection[str] = (), only: str = ""
+) -> Iterator[tuple[str, str, Verdict]]:
+    """Every option of every choice, alone: what it is called, the program, and what came of it.
+
+    `within` are choices that are made differently from the plainest, as `name=number`, in all of them. The names of the
+    choices that are varied contain `only`, a regular expression."""
+    settled = {name: int(number) for name, _, number in (x.rpartition("=") for x in within)}
+    seen: set[str] = set()
+    open_: list[tuple[dict[str, int], set[str]]] = [(settled, set())]
+    while open_:
+        forced, known = open_.pop(0)
+        source, choices = program("", ("*",), forced)
+        if source in seen:
+            continue
+        seen.add(source)
+        yield ", ".join(f"{name}={n}" for name, n in forced.items()), source, check(source, options)
+        new = [name for name in choices.options if name not in known | forced.keys() and re.search(only, name)]
+        open_ += [
+            ({**forced, name: number}, {*choices.options})
+            for name in new
+            for number in range(1, choices.options[name])
+        ]
 
 
 def _job(job: tuple[str, int, int, dict[str, Any], tuple[str, ...], float]) -> tuple[str, Tally]:
