@@ -794,9 +794,7 @@ def between(w: Writer, number: int, keep: Keep | None) -> None:
         w.line(w.filled(w.choose("write between", writes), keep.lengths, a=name))
 
 
-def program(
-    seed: str, plain: Collection[str] = (), forced: Mapping[str, int] | None = None
-) -> tuple[str, Choices]:
+def program(seed: str, plain: Collection[str] = (), forced: Mapping[str, int] | None = None) -> tuple[str, Choices]:
     """The source of a random program, and the choices that made it."""
     choose = Choices(seed, plain, forced)
     dtype = choose("dtype", ("float64", "float32", "float16", "bfloat16"), 0.14)
