@@ -59,6 +59,9 @@ QUERIES = 64
 DRAWS = 5
 """Made-up inputs, besides those that the graph is called with."""
 
+WHOLE = (0, 1, 2)
+"""The draws for which a whole site is run: with the graph's own inputs, and with masks that hide all and a part."""
+
 AGREES = 1e-6
 """Differences in float64, relative to the largest number, up to which two ways to compute the same agree. A mask that
 is read wrongly, or a scale, differs by far more."""
@@ -73,13 +76,14 @@ class Opinions:
 
     inputs: Sequence[Any] = ()
     known: dict[Any, str] = field(default_factory=dict)
+    spelled: dict[Any, str] = field(default_factory=dict)
 
     def on(self, found: Description, output: Node, facts: Facts, kernel: Kernel, device: Device) -> str:
         """What the model's own operations say against a site as it was read; empty where nothing does."""
         held = tensor(output)
         if held is None or held.device.type not in SCORES or held.device.type != device.type:
             return ""
-        site = _Site(Interior(found, output, facts), kernel, device)
+        site = _Site(Interior(found, output, facts), kernel, device, self.spelled)
         key = site.meaning
         if key not in self.known:
             try:
@@ -90,15 +94,15 @@ class Opinions:
         return self.known[key]
 
     def _ask(self, site: _Site) -> str:
-        asked = False
         for draw in self._draws(site):
             try:
                 values = draw.values(site)
             except Exception as error:  # an index out of range, say
                 log.debug("these inputs are none for the model", exc_info=error)
                 continue
-            said = site.masks_differ(values) or (site.is_small and not asked and site.differs(values)) or ""
-            asked = True
+            said = site.masks_differ(values)
+            if not said and site.is_small and draw.number in WHOLE:
+                said = site.differs(values)
             if said:
                 return said
         return ""
@@ -124,11 +128,11 @@ class _Draw:
         self.env: dict[Node, Any] = {}
 
     def values(self, site: _Site) -> dict[Node, Any]:
-        """Of all that a site needs, or, where it is large, its masks: operands that enter the arithmetic are random
-        numbers, all else is computed."""
+        """Of all that a site needs, or, where it is large, its masks. Operands that enter the arithmetic are random
+        numbers, unless they follow from the graph's own inputs; all else is computed."""
         inside = site.inside
         wanted = inside.needs if site.is_small else inside.masks
-        for node in inside.numeric if site.is_small else ():
+        for node in inside.numeric if site.is_small and not self.inputs else ():
             self.env[node] = self._number(node)
         self._compute(inside.facts, wanted, inside.output)
         return {node: self.env[node] for node in wanted}
@@ -170,7 +174,7 @@ class _Draw:
         """A value of a node's type and shape."""
         like = tensor(node)
         if like is None:
-            return _concrete(node.meta["example_value"])
+            return _concrete(node.meta.get("example_value"))
         sizes = [*map(_hint, like.shape)]
         if math.prod(sizes) > MASK[like.device.type]:
             raise MemoryError(f"{node} is too large to be made up")
@@ -193,11 +197,11 @@ class _Draw:
             return torch.randint(0, max(most, 1), (*sizes,), generator=self.generator)
 
         match self.number % 4:
-            case 0:
-                return self._pattern(sizes).long()
             case 1:
-                return (below(3) == 0).long().cumsum(-1) if sizes else below(last)  # documents, some of one token
+                return self._pattern(sizes).long()
             case 2:
+                return (below(3) == 0).long().cumsum(-1) if sizes else below(last)  # documents, some of one token
+            case 3:
                 return below(last)
         return torch.arange(last).expand(tuple(sizes)).clone() if sizes else below(2)
 
@@ -209,14 +213,14 @@ class _Draw:
         cut = torch.randint(0, n + 1, (rows, 1), generator=self.generator)
         kinds = torch.stack(
             [
-                (at >= cut),
-                (at < cut),
-                torch.rand(rows, n, generator=self.generator) < 0.6,
                 torch.zeros(rows, n, dtype=torch.bool),
+                at >= cut,
+                at < cut,
+                torch.rand(rows, n, generator=self.generator) < 0.6,
                 torch.ones(rows, n, dtype=torch.bool),
             ]
         )
-        chosen = (torch.arange(rows) + self.number) % len(kinds)
+        chosen = (torch.arange(rows) + self.number - 1) % len(kinds)
         return kinds[chosen, torch.arange(rows)].reshape(tuple(sizes))
 
 
@@ -224,7 +228,7 @@ def _is_leaf(node: Node) -> bool:
     """Whether the value of a node is not computed from others: an input, a size, or what is not to be run again."""
     if node.op not in ("call_function", "call_method"):
         return True
-    values = tree_leaves(node.meta.get("example_value"))
+    values = [x for x in tree_leaves(node.meta.get("example_value")) if x is not None]  # a statement has none
     return not is_cheap(node) or (bool(values) and not any(isinstance(x, Tensor) for x in values))
 
 
@@ -246,6 +250,7 @@ class _Site:
     inside: Interior
     kernel: Kernel
     device: Device
+    spelled: dict[Any, str]
 
     @property
     def found(self) -> Description:
@@ -259,9 +264,9 @@ class _Site:
         def named(node: Node) -> str:
             like = tensor(node)
             shape = () if like is None else (like.dtype, tuple(like.shape), like.requires_grad)
-            # Masks are the same tensors in many layers; numbers are made up for each of them.
+            # Numbers are made up for each site; masks are computed, and may be the same in many layers.
             is_own = node in self.inside.numeric or node in self.inside.nodes
-            return names.setdefault(node, f"{len(names)} {shape}" if is_own else f"{node.name} {id(node.graph)}")
+            return names.setdefault(node, f"{len(names)} {shape}" if is_own else self._spelled(node))
 
         told = [
             (str(node.op), str(node.target), str(torch.fx.map_arg((node.args, node.kwargs), named)), named(node))
@@ -270,6 +275,15 @@ class _Site:
         operands = {name: named(state.node) for name, state in self.found.operands.items() if _is_node(state.node)}
         around = self.inside.facts.region(self.inside.output)
         return self.found.spec, str(self.found.shapes), self.kernel.name, str(told), str(operands), str(around)
+
+    def _spelled(self, node: Node) -> str:
+        """The same for nodes that are computed alike."""
+        if node not in self.spelled:
+            text = f"{node.name} {id(node.graph)}"
+            if not _is_leaf(node) and not self.inside.facts.writes(node):
+                text = f"{node.target}{torch.fx.map_arg((node.args, node.kwargs), self._spelled)}"
+            self.spelled[node] = self.spelled.setdefault(text, f"#{len(self.spelled)}")
+        return self.spelled[node]
 
     @property
     def sizes(self) -> tuple[int, ...]:
