@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -194,3 +197,29 @@ def test_times_are_not_mixed(mode: Callable[[str], None]) -> None:
         mode(name)
         keys.append(str(autotune._about(Found, Device("cpu"), ["sdpa"])))  # type: ignore[arg-type]
     assert len({*keys}) == 3
+
+
+_ON_A_GPU = """
+import torch
+from attn_rewriter import Backend, Options
+
+torch.set_deterministic_debug_mode("{mode}")
+draw = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+inputs = [*(draw(4, 8, 1024, 64) for _ in range(3)), draw(8, {rows}, 1024)]
+function = lambda q, k, v, b: (q @ k.mT * 0.125 + b).softmax(-1) @ v
+compiled = torch.compile(function, backend=Backend(Options()))
+found = [torch.autograd.grad(compiled(*inputs).float().square().sum(), inputs) for _ in range(8)]
+assert all(torch.equal(a, b) for each in found for a, b in zip(each, found[0]))
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 1024])
+@pytest.mark.parametrize("mode", [STRICT, WARNS])
+def test_the_same_twice(mode: str, rows: int) -> None:
+    """The gradient of a learned bias. (cuBLAS asks for its setting before CUDA is in use.)"""
+    script = _ON_A_GPU.replace("{mode}", mode).replace("{rows}", str(rows))
+    environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert not ran.returncode, ran.stderr

@@ -76,6 +76,19 @@ def test_what_is_left_is_not_fused(function: Callable[..., Any], grad: bool) -> 
     assert not n_fused() and not backend.report.n_fused
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("function", [over_heads, over_queries])
+def test_what_is_left_on_a_gpu(function: Callable[..., Any], grad: bool, dtype: torch.dtype) -> None:
+    """In half precision, where its patterns match."""
+    inputs = [x.detach().to("cuda", dtype).requires_grad_(grad) for x in given()]
+    exact = with_gradients(function, [x.detach().double().requires_grad_(grad) for x in inputs])
+    compiled, _ = ours(function)
+    assert_as_accurate(with_gradients(compiled, inputs), with_gradients(function, inputs), exact)
+    assert not n_fused()
+
+
 def beside(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """One that is fused, and one whose weights are wanted."""
     weights = (q @ k.mT * 0.125).softmax(1)
