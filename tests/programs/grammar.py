@@ -40,6 +40,7 @@ INPUTS = {
     "pad": "torch.arange({m}) < (rand(seed + 17, {B}, 1) * {m}).abs().floor()",
     "padq": "torch.arange({n}) < (rand(seed + 18, {B}, 1) * {n}).abs().floor() + 1",
     "numbers": "(torch.arange({m}) < (rand(seed + 19, {B}, 1) * {m}).abs().floor()).long()",
+    "tokens": "(torch.arange({m}) < (rand(seed + 28, {B}, 1) * {m}).abs().floor() + 1).double()",
     "lengths": "(rand(seed + 20, {B}).abs() * 2).long()",
     "documents": "(rand(seed + 21, {B}, {m}) > 0.5).cumsum(-1)",
     "documents_q": "(rand(seed + 22, {B}, {n}) > 0.5).cumsum(-1)",
@@ -298,12 +299,13 @@ class Lengths:
 
 @dataclass
 class Keep:
-    """A mask that has a name. With a `source`, that is a tensor from which `again` computes what it hides."""
+    """A mask that has a name. With a `source`, that is a tensor from which `again` computes what is hidden."""
 
     name: str
     lengths: Lengths
     source: str = ""
     again: str = ""
+    hidden: str = ""
 
 
 @dataclass
@@ -408,8 +410,8 @@ def mask(w: Writer, at: Lengths) -> Keep:
     if w.choose.chance("a mask's source is written later", 0.12):
         text = w.choose("source", [*masks.SOURCES])
         x = w.let("source", masks.SOURCES[text], at)
-        name = w.let("keep", f"~({text})", at, x=x)
-        keep = Keep(name, at, x, f"~({text})")
+        hidden = w.let("hidden", text, at, x=x)
+        keep = Keep(w.let("keep", f"~{hidden}"), at, x, text, hidden)
     else:
         keep = Keep(_mask(w, at), at)
     if not w.in_function:
@@ -539,13 +541,21 @@ def weights(w: Writer, q: str, k: str, at: Lengths, keep: Keep | None) -> str:
         s = _narrowed(w, "scores", s)
     if keep is not None:
         s = masked(w, s, at, keep)
+    written = keep is not None and keep.source and choose.chance("its source is written", 0.7)
+    late = bool(written) and choose.chance("after the softmax", 0.5)
+    if keep is not None and written and not late:
+        w.line(w.filled(choose("source write", masks.SOURCE_WRITES), at, x=keep.source))
     p = w.let("p", choose("softmax", SOFTMAX, 0.25), at, s=s)
     if choose.chance("weights are narrowed", 0.05):
         p = _narrowed(w, "weights", p)
-    if keep is not None and keep.source and choose.chance("its source is written", 0.7):
-        w.line(w.filled(choose("source write", masks.SOURCE_WRITES), at, x=keep.source))
-        again = w.let("keep", keep.again, at, x=keep.source)
-        p = w.let("p", choose("zeroed again", ZEROED), at, p=p, keep=again)
+    if keep is not None and written:
+        if late:
+            w.line(w.filled(choose("source write", masks.SOURCE_WRITES), at, x=keep.source))
+        again = w.let("hidden", keep.again, at, x=keep.source)
+        if choose.chance("zeroed by what is kept", 0.5):
+            p = w.let("p", choose("zeroed again", ZEROED), at, p=p, keep=w.let("keep", f"~{again}"))
+        else:
+            p = w.let("p", f"{p}.masked_fill({again}, 0.0)")
     elif keep is not None and choose.chance("weights are zeroed", 0.12):
         p = w.let("p", choose("zeroed", ZEROED), at, p=p, keep=keep.name)
     if choose.chance("weights are changed", 0.06):
@@ -564,8 +574,11 @@ def masked(w: Writer, s: str, at: Lengths, keep: Keep) -> str:
     choose = w.choose
     fill = choose("fill", USUAL, 0.6)
     finite = fill if "inf'" not in fill else "-1e9"
-    how = choose("applied", APPLIED, 0.55)
-    s = w.let("s", how, at, s=s, keep=keep.name, fill=fill, finite=finite)
+    if keep.hidden and not choose.chance("applied by what is kept", 0.5):
+        s = w.let("s", f"{s}.masked_fill({keep.hidden}, {fill})")
+    else:
+        how = choose("applied", APPLIED, 0.55)
+        s = w.let("s", how, at, s=s, keep=keep.name, fill=fill, finite=finite)
     if choose.chance("another mask after it", 0.12):
         with choose.within("another"):
             other = Keep(_mask(w, at), at)

@@ -402,6 +402,8 @@ PADDING = (
     "pad[:, None, None, :].expand({B}, 1, {n}, {m})",
     "pad[..., None, None, :]",
     "(numbers == 1)[:, None, None, :]",
+    "(tokens != 0)[:, None, None, :]",
+    "(1.0 - tokens)[:, None, None, :] == 0",
     "(numbers > 0)[:, None, None, :]",
     "numbers.bool()[:, None, None]",
     "numbers[:, None, None, :].to(torch.bool)",
@@ -656,7 +658,12 @@ WRITES = (
 """What is written into a mask, which has memory of its own and is as large as `[n, m]`."""
 
 SOURCES = {
-    "(({x} == 0))[:, None, None, :]": "pad * 1",
+    "({x} == 0).unsqueeze(1).unsqueeze(1)": "tokens * 1",
+    "{x}[:, None, None, :] == 0": "tokens.clone()",
+    "({x} < 0.5)[:, None, None]": "tokens + 0",
+    "~{x}.bool()[:, None, None]": "tokens.to(torch.int32)",
+    "(1.0 - {x})[:, None, None, :] > 0.5": "tokens * 1",
+    "({x} == 0)[:, None, None, :]": "pad * 1",
     "{x}[:, None, None, :] < 1": "numbers.clone()",
     "~{x}[:, None, None, :]": "pad.clone()",
     "({x} < 1).view({B}, 1, 1, {m})": "numbers + 0",
