@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 from attn_rewriter.describe import Description
 from attn_rewriter.errors import Refused
 from attn_rewriter.graph import Facts, holds
+from attn_rewriter.splice import run
 
 
 @dataclass(frozen=True)
@@ -47,22 +48,32 @@ class Interior:
         """The operations, in order."""
         after: set[Node] = set()  # what depends on the operands
         for node in before(self.facts, [self.output], self.output, self.numeric):
-            if any(x in self.numeric or x in after for x in node.all_input_nodes):
+            if any(x in self.numeric or x in after for x in self._inputs(node)):
                 after.add(node)
         wanted, stack = set(), [self.output]
         while stack:
             node = stack.pop()
             if node in after and node not in wanted:
                 wanted.add(node)
-                stack += [*node.all_input_nodes, *self.facts.writes(node)]
+                stack += [*self._inputs(node), *self.facts.writes(node)]
         return tuple(sorted(wanted, key=self.facts.position.__getitem__))
 
     @cached_property
     def needs(self) -> tuple[Node, ...]:
         """What must be known to run them, and to call a kernel."""
         operands = [state.node for state in self.found.operands.values() if isinstance(state.node, Node)]
-        inputs = [self.read(x, node) for node in self.nodes for x in node.all_input_nodes]
+        inputs = [x for node in self.nodes for x in self._inputs(node)]
         return tuple(dict.fromkeys([*operands, *(x for x in inputs if x not in self.nodes)]))
+
+    def run(self, values: Mapping[Node, Any]) -> Any:
+        """What the operations give for values of what they need."""
+        env = dict(values)
+        for node in self.nodes:
+            env[node] = run(node, None, lambda x, at=node: env[self.read(x, at)])  # type: ignore[misc]
+        return env[self.output]
+
+    def _inputs(self, node: Node) -> list[Node]:
+        return [self.read(x, node) for x in node.all_input_nodes]
 
     def read(self, node: Node, at: Node) -> Node:
         """The node with the contents that `at` reads of another one, which something may have written into."""

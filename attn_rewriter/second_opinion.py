@@ -5,8 +5,8 @@ operations give, on inputs that are made up:
 
 - each mask, at all of its coordinates, or of a large one at some queries with all of their keys;
 - where the scores are few, the whole site, in float64: the model's operations beside the spec (`kernels/reference.py`),
-  and their gradients where they are wanted; and in its own types the kernel that will run, where that needs no
-  compiling.
+  and their gradients where they are wanted; and on CPU, in its own types, the kernel that will run, where that needs
+  no compiling.
 
 Constants are what they are. Inputs of the graph are random, but biased to be interesting: padding that hides all keys,
 none, the first or the last ones, or some between; documents of one token; positions out of order. Operations that are
@@ -370,7 +370,9 @@ class _Site:
         if not isinstance(self.found.shapes.num_groups, int):
             return ""
         exact = self._compared(values)
-        if exact or self.kernel.needs_inductor:
+        # On CUDA, cuDNN keeps one backward plan for a shape, whatever the strides: to call it here with others than the
+        # model's would make the model's gradients wrong (2.11).
+        if exact or self.kernel.needs_inductor or self.device.type != "cpu":
             return exact
         return self._kernel_differs(values)
 
@@ -435,10 +437,7 @@ class _Site:
         return [output.detach(), *(torch.zeros_like(x) if g is None else g for x, g in zip(wanted, gradients))]
 
     def _eager(self, values: Mapping[Node, Any]) -> Tensor:
-        env = dict(values)
-        for node in self.inside.nodes:
-            env[node] = run(node, None, lambda x, at=node: env[self.inside.read(x, at)])  # type: ignore[misc]
-        result: Tensor = env[self.inside.output]
+        result: Tensor = self.inside.run(values)
         return result
 
     def _spec(self, values: Mapping[Node, Any]) -> Tensor:

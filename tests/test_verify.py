@@ -360,7 +360,7 @@ def test_optimize_verifies() -> None:
     model(x, x, x, need_weights=False)
     (site,) = attn_rewriter.report_of(model).sites
     assert site.check and site.check.errors
-    with pytest.raises(ValueError, match='verify is True, False or "always", not "sometimes"'.replace('"', "['\"]")):
+    with pytest.raises(ValueError, match=r"verify is .*, not 'sometimes'"):
         attn_rewriter.optimize(model, verify="sometimes")
 
 
