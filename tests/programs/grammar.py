@@ -807,9 +807,7 @@ def between(w: Writer, number: int, keep: Keep | None) -> None:
         w.line(w.filled(w.choose("write between", writes), keep.lengths, a=name))
 
 
-def program(
-    seed: str, plain: Collection[str] = (), forced: Mapping[str, int] | None = None
-) -> tuple[str, Choices]:
+def program(seed: str, plain: Collection[str] = (), forced: Mapping[str, int] | None = None) -> tuple[str, Choices]:
     """The source of a random program, and the choices that made it."""
     choose = Choices(seed, plain, forced)
     dtype = choose("dtype", ("float64", "float32", "float16", "bfloat16"), 0.14)
@@ -870,7 +868,8 @@ def text(w: Writer, outputs: list[str]) -> str:
     tolerance = max(w.tolerance, 1e-6 if "1e9" in source else w.tolerance)
     wide = w.dtype if w.dtype == "float64" else "float32"
     narrow = w.dtype != "float64"
-    kernel = choose("kernel", ("auto", "sdpa", "flex") if narrow and wanted == "none" else ("auto", "sdpa"), 0.15)
+    kernel = choose("kernel", ("auto", "sdpa", "flex") if narrow and wanted == "none" else ("auto", "sdpa", "reference"), 0.25)
+    as_read = choose("masks are computed as they were read", (False, True), 0.6)
     compiler = choose("compiler", ("as it is", "aot_eager"), 0.35)
     options = {
         **({"kernel": kernel} if kernel != "auto" else {}),
@@ -892,7 +891,7 @@ def text(w: Writer, outputs: list[str]) -> str:
         IMPORTS,
         (f"{DROPS} weights\n" if w.drops else "")
         + f"DTYPE = torch.{w.dtype}\nWIDE = torch.{wide}\nCALLS = {lengths}\nGRADIENTS = {some}\nOPTIONS = {options}\n"
-        f"DYNAMIC = {True if sizes == 'dynamic' else None}\nTOLERANCE = {tolerance}\n",
+        f"DYNAMIC = {True if sizes == 'dynamic' else None}\nAS_READ = {as_read}\nTOLERANCE = {tolerance}\n",
         RANDOM,
         f"def inputs(n, m, seed=0):\n{extra}    return {{\n{entries}    }}\n",
         *w.top,

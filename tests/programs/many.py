@@ -105,9 +105,7 @@ def sweep(
         yield ", ".join(f"{name}={n}" for name, n in forced.items()), source, check(source, options)
         new = [name for name in choices.options if name not in known | forced.keys() and re.search(only, name)]
         open_ += [
-            ({**forced, name: number}, {*choices.options})
-            for name in new
-            for number in range(1, choices.options[name])
+            ({**forced, name: number}, {*choices.options}) for name in new for number in range(1, choices.options[name])
         ]
 
 
