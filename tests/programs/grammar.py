@@ -26,8 +26,7 @@ def rand(seed, *shape):
 HELPERS = {
     "replace": "@torch._dynamo.disable\ndef replace(x):\n    x.data = x.flip(-1).logical_not().to(x.dtype)\n",
     "write": "@torch._dynamo.disable\ndef write(x):\n    x[..., 1:] = 0\n",
-    "resize": "@torch._dynamo.disable\ndef resize(x):\n    x.set_(torch.zeros_like(x))\n",
-    "look": "@torch._dynamo.disable\ndef look(x):\n    return x.sum().item()\n",
+    "put": "@torch._dynamo.disable\ndef put(x):\n    x.set_(torch.zeros_like(x))\n",
 }
 
 INPUTS = {
@@ -799,7 +798,7 @@ def between(w: Writer, number: int, keep: Keep | None) -> None:
     if "graph break" in how:
         w.line("torch._dynamo.graph_break()")
     if "write" in how and keep is not None:
-        writes = ("replace({a})", "write({a})", "resize({a})", "{a}.data = ~{a}", *masks.WRITES)
+        writes = ("replace({a})", "write({a})", "put({a})", "{a}.data = ~{a}", *masks.WRITES)
         name = w.let("keep", "({a} & torch.ones({n}, {m}, dtype=torch.bool)).clone()", keep.lengths, a=keep.name)
         if "graph break" in how:
             w.line("torch._dynamo.graph_break()")
@@ -868,7 +867,9 @@ def text(w: Writer, outputs: list[str]) -> str:
     tolerance = max(w.tolerance, 1e-6 if "1e9" in source else w.tolerance)
     wide = w.dtype if w.dtype == "float64" else "float32"
     narrow = w.dtype != "float64"
-    kernel = choose("kernel", ("auto", "sdpa", "flex") if narrow and wanted == "none" else ("auto", "sdpa", "reference"), 0.25)
+    kernel = choose(
+        "kernel", ("auto", "sdpa", "flex") if narrow and wanted == "none" else ("auto", "sdpa", "reference"), 0.25
+    )
     as_read = choose("masks are computed as they were read", (False, True), 0.6)
     compiler = choose("compiler", ("as it is", "aot_eager"), 0.35)
     options = {
