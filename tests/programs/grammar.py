@@ -584,9 +584,11 @@ def masked(w: Writer, s: str, at: Lengths, keep: Keep) -> str:
             fill = choose("fill", (fill, *USUAL))
             finite = fill if "inf'" not in fill else "-1e9"
             s = w.let("s", choose("applied", APPLIED), at, s=s, keep=other.name, fill=fill, finite=finite)
-    often = 0.16 if w.dtype == "float64" else 0.4
+    often = 0.16 if w.dtype == "float64" else 0.3
+    if w.dtype != "float64" and choose.chance("scaled down after it", 0.25):
+        s = w.let("s", choose("scale after it", ("{s} * 1e-5", "{s} / 1e4", "{s} * 1e-3", "{s} * 1e-9")), s=s)
     for number in range(choose("number of steps after it", (0, 1, 2), often)):
-        step = choose(f"step after it {number}", (*AFTER, *AFTER[:6]))
+        step = choose(f"step after it {number}", AFTER)
         if ".float()" in step:
             w.tolerance = max(w.tolerance, 1e-5)
         s = w.let("s", step, at, s=s)
@@ -809,7 +811,7 @@ def between(w: Writer, number: int, keep: Keep | None) -> None:
 def program(seed: str, plain: Collection[str] = (), forced: Mapping[str, int] | None = None) -> tuple[str, Choices]:
     """The source of a random program, and the choices that made it."""
     choose = Choices(seed, plain, forced)
-    dtype = choose("dtype", ("float64", "float32", "float16", "bfloat16"), 0.14)
+    dtype = choose("dtype", ("float64", "float32", "float16", "bfloat16", "float16"), 0.16)
     w = Writer(
         choose,
         batch=choose("batch", (2, 1, 3), 0.4),

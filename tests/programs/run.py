@@ -162,7 +162,7 @@ class Runner:
 def check(source: str, options: dict[str, Any] | None = None) -> Verdict:
     """Run a program and judge it. `options` add to its own."""
     try:
-        with _at_most(SECONDS), _quiet(), torch.random.fork_rng():
+        with _at_most(SECONDS), _quiet(), torch.random.fork_rng(), torch.enable_grad():
             return _checked(source, options or {})
     except TimeoutError:
         return Verdict("raised", f"it took more than {SECONDS} seconds")
