@@ -68,7 +68,7 @@ def found_out(judge: Callable[[str], Verdict], right: Callable[[str], Verdict]) 
                 found = judge(text)
                 return found if found.kind != "wrong" or right(text).kind == "right" else Verdict("invalid")
 
-            return shrink(name, verdict, both, always=SIMPLE)
+            return shrink(name, verdict, both, 30.0, SIMPLE)
     raise AssertionError("nothing was found out")
 
 

@@ -7,12 +7,13 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests.programs.grammar import program
-from tests.programs.many import KINDS, Tally, tallies
+from tests.programs.many import KINDS, Tally, sweep, tallies
 from tests.programs.run import check
 
 
@@ -38,6 +39,10 @@ def main() -> int:
     parser.add_argument("--shrink", type=float, default=60.0, help="seconds to make a failing program small; 0: never")
     parser.add_argument("--options", type=json.loads, default={}, help='for attn_rewriter.Options: {"verify": false}')
     parser.add_argument("--plain", nargs="*", default=[], help="choices that are always the plainest, by their names")
+    parser.add_argument(
+        "--sweep", metavar="NAMES", help="every option alone of the choices that this expression matches"
+    )
+    parser.add_argument("--within", nargs="*", default=[], help="for a sweep: choices made otherwise, as masked=1")
     parser.add_argument("--run", type=Path, nargs="+", help="run the programs in these files instead")
     parser.add_argument("--show", nargs="+", help="print the programs of these names, as 1/17, instead")
     given = parser.parse_args()
@@ -49,6 +54,14 @@ def main() -> int:
         for path, verdict in verdicts:
             print(f"{path}: {verdict.kind} ({verdict.fused} of {verdict.sites} sites fused) {verdict.said}")
         return int(any(verdict.fails for _, verdict in verdicts))
+    if given.sweep is not None:
+        kinds: Counter[str] = Counter()
+        for name, source, verdict in sweep(given.options, given.within, given.sweep):
+            kinds[verdict.kind] += 1
+            if verdict.kind in ("wrong", "raised", "doubted"):
+                print(f"# {name} {verdict.kind}: {verdict.said}\n{source}", flush=True)
+        print(", ".join(f"{n} {kind}" for kind, n in kinds.items()))
+        return int(bool(kinds["wrong"] or kinds["raised"]))
     started = time.monotonic()
     of = {seed: Tally() for seed in given.seeds}
     whole = Tally()

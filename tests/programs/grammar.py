@@ -26,8 +26,7 @@ def rand(seed, *shape):
 HELPERS = {
     "replace": "@torch._dynamo.disable\ndef replace(x):\n    x.data = x.flip(-1).logical_not().to(x.dtype)\n",
     "write": "@torch._dynamo.disable\ndef write(x):\n    x[..., 1:] = 0\n",
-    "resize": "@torch._dynamo.disable\ndef resize(x):\n    x.set_(torch.zeros_like(x))\n",
-    "look": "@torch._dynamo.disable\ndef look(x):\n    return x.sum().item()\n",
+    "put": "@torch._dynamo.disable\ndef put(x):\n    x.set_(torch.zeros_like(x))\n",
 }
 
 INPUTS = {
@@ -585,9 +584,11 @@ def masked(w: Writer, s: str, at: Lengths, keep: Keep) -> str:
             fill = choose("fill", (fill, *USUAL))
             finite = fill if "inf'" not in fill else "-1e9"
             s = w.let("s", choose("applied", APPLIED), at, s=s, keep=other.name, fill=fill, finite=finite)
-    often = 0.16 if w.dtype == "float64" else 0.4
+    often = 0.16 if w.dtype == "float64" else 0.3
+    if w.dtype != "float64" and choose.chance("scaled down after it", 0.25):
+        s = w.let("s", choose("scale after it", ("{s} * 1e-5", "{s} / 1e4", "{s} * 1e-3", "{s} * 1e-9")), s=s)
     for number in range(choose("number of steps after it", (0, 1, 2), often)):
-        step = choose(f"step after it {number}", (*AFTER, *AFTER[:6]))
+        step = choose(f"step after it {number}", AFTER)
         if ".float()" in step:
             w.tolerance = max(w.tolerance, 1e-5)
         s = w.let("s", step, at, s=s)
@@ -799,7 +800,7 @@ def between(w: Writer, number: int, keep: Keep | None) -> None:
     if "graph break" in how:
         w.line("torch._dynamo.graph_break()")
     if "write" in how and keep is not None:
-        writes = ("replace({a})", "write({a})", "resize({a})", "{a}.data = ~{a}", *masks.WRITES)
+        writes = ("replace({a})", "write({a})", "put({a})", "{a}.data = ~{a}", *masks.WRITES)
         name = w.let("keep", "({a} & torch.ones({n}, {m}, dtype=torch.bool)).clone()", keep.lengths, a=keep.name)
         if "graph break" in how:
             w.line("torch._dynamo.graph_break()")
@@ -810,7 +811,7 @@ def between(w: Writer, number: int, keep: Keep | None) -> None:
 def program(seed: str, plain: Collection[str] = (), forced: Mapping[str, int] | None = None) -> tuple[str, Choices]:
     """The source of a random program, and the choices that made it."""
     choose = Choices(seed, plain, forced)
-    dtype = choose("dtype", ("float64", "float32", "float16", "bfloat16"), 0.14)
+    dtype = choose("dtype", ("float64", "float32", "float16", "bfloat16", "float16"), 0.16)
     w = Writer(
         choose,
         batch=choose("batch", (2, 1, 3), 0.4),
@@ -868,7 +869,10 @@ def text(w: Writer, outputs: list[str]) -> str:
     tolerance = max(w.tolerance, 1e-6 if "1e9" in source else w.tolerance)
     wide = w.dtype if w.dtype == "float64" else "float32"
     narrow = w.dtype != "float64"
-    kernel = choose("kernel", ("auto", "sdpa", "flex") if narrow and wanted == "none" else ("auto", "sdpa"), 0.15)
+    kernel = choose(
+        "kernel", ("auto", "sdpa", "flex") if narrow and wanted == "none" else ("auto", "sdpa", "reference"), 0.25
+    )
+    as_read = choose("masks are computed as they were read", (False, True), 0.6)
     compiler = choose("compiler", ("as it is", "aot_eager"), 0.35)
     options = {
         **({"kernel": kernel} if kernel != "auto" else {}),
@@ -890,7 +894,7 @@ def text(w: Writer, outputs: list[str]) -> str:
         IMPORTS,
         (f"{DROPS} weights\n" if w.drops else "")
         + f"DTYPE = torch.{w.dtype}\nWIDE = torch.{wide}\nCALLS = {lengths}\nGRADIENTS = {some}\nOPTIONS = {options}\n"
-        f"DYNAMIC = {True if sizes == 'dynamic' else None}\nTOLERANCE = {tolerance}\n",
+        f"DYNAMIC = {True if sizes == 'dynamic' else None}\nAS_READ = {as_read}\nTOLERANCE = {tolerance}\n",
         RANDOM,
         f"def inputs(n, m, seed=0):\n{extra}    return {{\n{entries}    }}\n",
         *w.top,

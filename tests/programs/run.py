@@ -7,6 +7,7 @@ A program is the source text of a module:
     GRADIENTS       the names of the inputs whose gradients are wanted
     OPTIONS         for `attn_rewriter.Options`
     DYNAMIC         for `torch.compile`
+    AS_READ         whether kernels compute masks from what was read of them (`tests/programs/as_read.py`)
     TOLERANCE       relative to the largest element of each tensor
     inputs          from lengths and a seed to a dictionary of inputs
     program, or Program     a function, or a module
@@ -24,7 +25,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field
 from io import StringIO
 from itertools import combinations, count
@@ -39,12 +40,13 @@ from torch.utils._pytree import tree_leaves
 
 from attn_rewriter import Backend, KernelUnavailable, Options
 from attn_rewriter.contract import measured, worst
+from tests.programs.as_read import as_read
 from tests.running import joined, run_as_is
 
 SECONDS = 60
 """How long one program may take."""
 
-SETTINGS = {"DTYPE", "WIDE", "CALLS", "GRADIENTS", "OPTIONS", "DYNAMIC", "TOLERANCE"}
+SETTINGS = {"DTYPE", "WIDE", "CALLS", "GRADIENTS", "OPTIONS", "DYNAMIC", "AS_READ", "TOLERANCE"}
 
 _NUMBERS = count()
 
@@ -160,7 +162,7 @@ class Runner:
 def check(source: str, options: dict[str, Any] | None = None) -> Verdict:
     """Run a program and judge it. `options` add to its own."""
     try:
-        with _at_most(SECONDS), _quiet(), torch.random.fork_rng():
+        with _at_most(SECONDS), _quiet(), torch.random.fork_rng(), torch.enable_grad():
             return _checked(source, options or {})
     except TimeoutError:
         return Verdict("raised", f"it took more than {SECONDS} seconds")
@@ -186,7 +188,8 @@ def _checked(source: str, options: dict[str, Any]) -> Verdict:
     backend = Backend(Options(**options))
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        found, runner, error = _compiled(source, backend, names["DYNAMIC"], expected)
+        with as_read() if names["AS_READ"] else nullcontext():
+            found, runner, error = _compiled(source, backend, names["DYNAMIC"], expected)
     report = backend.report
     verdict = Verdict("right", "", report.n_sites, report.n_fused, rows.empty)
     verdict.refusals.update(str(s.refusals[-1]) for s in report.sites if s.kernel is None and s.refusals)
