@@ -36,12 +36,11 @@ from attn_rewriter.describe import Description
 from attn_rewriter.device import Device
 from attn_rewriter.emit import Operands, arrange
 from attn_rewriter.graph import Facts, is_cheap, size, tensor
-from attn_rewriter.interior import Interior, WithoutDropout, before, widened
+from attn_rewriter.interior import Interior, WithoutDropout, before, called, widened
 from attn_rewriter.kernels import KERNELS, Kernel
 from attn_rewriter.kernels.masking import holds, keep, keep_mask
 from attn_rewriter.patterns.axes import plan as steps
 from attn_rewriter.spec import AXES, Mask, Size
-from attn_rewriter.splice import run
 
 log = logging.getLogger("attn_rewriter")
 
@@ -158,7 +157,7 @@ class _Draw:
         like = tensor(node)
         if like is not None and math.prod(map(_hint, like.shape)) > MASK[like.device.type]:
             raise MemoryError(f"{node} is too large to be computed once more")
-        return run(node, None, self.env.__getitem__)
+        return called(node, self.env.__getitem__)
 
     def _leaf(self, facts: Facts, node: Node) -> Any:
         if node.op == "get_attr":
