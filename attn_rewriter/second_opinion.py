@@ -132,11 +132,12 @@ class _Draw:
 
     def values(self, site: _Site) -> dict[Node, Any]:
         """Of all that a site needs, or, where it is large, its masks. Operands that enter the arithmetic are random
-        numbers, unless they follow from the graph's own inputs; all else is computed."""
+        numbers, unless they are the graph's own inputs; all else is computed."""
         inside = site.inside
         wanted = inside.needs if site.is_small else inside.masks
-        for node in inside.numeric if site.is_small and self.number else ():
-            self.env[node] = self._number(node)
+        for node in inside.numeric if site.is_small else ():
+            if self.number or node.op != "placeholder":
+                self.env[node] = self._number(node)
         self._compute(inside.facts, wanted, inside.output)
         return {node: self.env[node] for node in wanted}
 
