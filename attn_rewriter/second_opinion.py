@@ -136,6 +136,9 @@ class _Draw:
         inside = site.inside
         wanted = inside.needs if site.is_small else inside.masks
         for node in inside.numeric if site.is_small else ():
+            made_of = before(inside.facts, [node], inside.output, (), _is_leaf)
+            if any(x is not node and x in inside.numeric for x in made_of):
+                continue  # as `k * 2` beside `k`: it is computed
             if self.number or node.op != "placeholder":
                 self.env[node] = self._number(node)
         self._compute(inside.facts, wanted, inside.output)
