@@ -14,11 +14,11 @@ from torch.fx import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from attn_rewriter.describe import Description
 from attn_rewriter.errors import Refused
-from attn_rewriter.graph import Facts, holds
+from attn_rewriter.graph import Facts, holds, is_cheap
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,16 @@ class Interior:
         return tuple(dict.fromkeys(node for node in nodes if isinstance(node, Node)))
 
     @cached_property
+    def roots(self) -> tuple[Node, ...]:
+        """Those of them that are not made of others, as `k * 2` is beside `k`: where gradients end."""
+
+        def is_made_of_others(node: Node) -> bool:
+            others = {x for x in self.numeric if x is not node}
+            return not others.isdisjoint(before(self.facts, [node], self.output, (), is_leaf))
+
+        return tuple(node for node in self.numeric if not is_made_of_others(node))
+
+    @cached_property
     def masks(self) -> tuple[Node, ...]:
         """The operands that only choose."""
         nodes = (state.node for state in self.found.operands.values())
@@ -44,10 +54,10 @@ class Interior:
 
     @cached_property
     def nodes(self) -> tuple[Node, ...]:
-        """The operations, in order."""
-        after: set[Node] = set()  # what depends on the operands
-        for node in before(self.facts, [self.output], self.output, self.numeric):
-            if any(x in self.numeric or x in after for x in self._inputs(node)):
+        """The operations from the roots on, in order."""
+        after: set[Node] = set()  # what depends on the roots
+        for node in before(self.facts, [self.output], self.output, self.roots):
+            if any(x in self.roots or x in after for x in self._inputs(node)):
                 after.add(node)
         wanted, stack = set(), [self.output]
         while stack:
@@ -62,14 +72,16 @@ class Interior:
         """What must be known to run them, and to call a kernel."""
         operands = [state.node for state in self.found.operands.values() if isinstance(state.node, Node)]
         inputs = [x for node in self.nodes for x in self._inputs(node)]
-        return tuple(dict.fromkeys([*operands, *(x for x in inputs if x not in self.nodes)]))
+        return tuple(dict.fromkeys(x for x in [*operands, *inputs] if x not in self.nodes))
 
-    def run(self, values: Mapping[Node, Any]) -> Any:
-        """What the operations give for values of what they need."""
-        env = dict(values)
-        for node in self.nodes:
+    def run(self, values: Mapping[Node, Any], until: Node | None = None) -> Any:
+        """What the operations give for values of what they need, at the output or at a node before it."""
+        wanted, env = self.output if until is None else until, dict(values)
+        for node in self.nodes if wanted not in env else ():
             env[node] = called(node, lambda x, at=node: env[self.read(x, at)])  # type: ignore[misc]
-        return env[self.output]
+            if node is wanted:
+                break
+        return env[wanted]
 
     def _inputs(self, node: Node) -> list[Node]:
         return [self.read(x, node) for x in node.all_input_nodes]
@@ -100,6 +112,14 @@ def before(
         stack += facts.writes(node)
         stack += [] if stops(node) else node.all_input_nodes
     return sorted(found, key=facts.position.__getitem__)
+
+
+def is_leaf(node: Node) -> bool:
+    """Whether the value of a node is not computed from others: an input, a size, or what is not to be run again."""
+    if node.op not in ("call_function", "call_method"):
+        return True
+    values = [x for x in tree_leaves(node.meta.get("example_value")) if x is not None]  # a statement has none
+    return not is_cheap(node) or (bool(values) and not any(isinstance(x, Tensor) for x in values))
 
 
 # ---------------------------------------------------------------------------------------------------------------

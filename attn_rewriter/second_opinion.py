@@ -21,6 +21,8 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import chain, repeat
 from typing import Any
 
 import sympy
@@ -28,15 +30,15 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.fx import Node
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from attn_rewriter.buffers import buffer_of
 from attn_rewriter.contract import measured, worst
 from attn_rewriter.describe import Description
 from attn_rewriter.device import Device
 from attn_rewriter.emit import Operands, arrange
-from attn_rewriter.graph import Facts, is_cheap, size, tensor
-from attn_rewriter.interior import Interior, WithoutDropout, before, called, widened
+from attn_rewriter.graph import Facts, size, tensor
+from attn_rewriter.interior import Interior, WithoutDropout, before, called, is_leaf, widened
 from attn_rewriter.kernels import KERNELS, Kernel
 from attn_rewriter.kernels.masking import holds, keep, keep_mask
 from attn_rewriter.patterns.axes import plan as steps
@@ -135,10 +137,7 @@ class _Draw:
         numbers, unless they are the graph's own inputs; all else is computed."""
         inside = site.inside
         wanted = inside.needs if site.is_small else inside.masks
-        for node in inside.numeric if site.is_small else ():
-            made_of = before(inside.facts, [node], inside.output, (), _is_leaf)
-            if any(x is not node and x in inside.numeric for x in made_of):
-                continue  # as `k * 2` beside `k`: it is computed
+        for node in inside.roots if site.is_small else ():
             if self.number or node.op != "placeholder":
                 self.env[node] = self._number(node)
         self._compute(inside.facts, wanted, inside.output)
@@ -154,8 +153,8 @@ class _Draw:
 
     def _compute(self, facts: Facts, nodes: Sequence[Node], until: Node) -> None:
         """Run what nodes are computed from, in the order of the graph, writes included."""
-        for node in before(facts, nodes, until, self.env, _is_leaf):
-            self.env[node] = self._leaf(facts, node) if _is_leaf(node) else self._run(node)
+        for node in before(facts, nodes, until, self.env, is_leaf):
+            self.env[node] = self._leaf(facts, node) if is_leaf(node) else self._run(node)
 
     def _run(self, node: Node) -> Any:
         like = tensor(node)
@@ -231,14 +230,6 @@ class _Draw:
         return kinds[chosen, torch.arange(rows)].reshape(tuple(sizes))
 
 
-def _is_leaf(node: Node) -> bool:
-    """Whether the value of a node is not computed from others: an input, a size, or what is not to be run again."""
-    if node.op not in ("call_function", "call_method"):
-        return True
-    values = [x for x in tree_leaves(node.meta.get("example_value")) if x is not None]  # a statement has none
-    return not is_cheap(node) or (bool(values) and not any(isinstance(x, Tensor) for x in values))
-
-
 def _concrete(value: Any) -> Any:
     return tree_map(_hint, value)
 
@@ -272,14 +263,16 @@ class _Site:
             like = tensor(node)
             shape = () if like is None else (like.dtype, tuple(like.shape), like.requires_grad)
             # Numbers are made up for each site; masks are computed, and may be the same in many layers.
-            is_own = node in self.inside.numeric or node in self.inside.nodes
+            is_own = node in self.inside.roots or node in self.inside.nodes
             return names.setdefault(node, f"{len(names)} {shape}" if is_own else self._spelled(node))
 
         told = [
             (str(node.op), str(node.target), str(torch.fx.map_arg((node.args, node.kwargs), named)), named(node))
             for node in self.inside.nodes
         ]
-        operands = {name: named(state.node) for name, state in self.found.operands.items() if _is_node(state.node)}
+        operands = {
+            name: named(state.node) for name, state in self.found.operands.items() if isinstance(state.node, Node)
+        }
         around = self.inside.facts.region(self.inside.output)
         return self.found.spec, str(self.found.shapes), self.kernel.name, str(told), str(operands), str(around)
 
@@ -287,7 +280,7 @@ class _Site:
         """The same for nodes that are computed alike."""
         if node not in self.spelled:
             text = f"{node.name} {id(node.graph)}"
-            if not _is_leaf(node) and not self.inside.facts.writes(node):
+            if not is_leaf(node) and not self.inside.facts.writes(node):
                 text = f"{node.target}{torch.fx.map_arg((node.args, node.kwargs), self._spelled)}"
             self.spelled[node] = self.spelled.setdefault(text, f"#{len(self.spelled)}")
         return self.spelled[node]
@@ -308,7 +301,7 @@ class _Site:
             return n
         return int(n.xreplace({symbol: self._hints[symbol] for symbol in n.free_symbols}))
 
-    @property
+    @cached_property
     def _hints(self) -> Mapping[Any, int]:
         found: dict[Any, int] = {}
         facts: Facts | None = self.inside.facts
@@ -325,7 +318,7 @@ class _Site:
         """As kernels take them, those that are computed with in this type."""
 
         def of(node: Any) -> Any:
-            return values[node] if isinstance(node, Node) else node
+            return self.inside.run(values, node) if isinstance(node, Node) else node
 
         return Operands(self.found, of, lambda x, own: x.to(dtype or own), self.size)
 
@@ -382,7 +375,7 @@ class _Site:
     def _compared(self, values: Mapping[Node, Any]) -> str:
         specified = self._specified(values)
         read, eager = (self._exactly(compute, values, specified) for compute in (self._spec, self._eager))
-        for what, a, b in zip(_WHAT, read, eager):
+        for what, a, b in zip(_what(), read, eager):
             if what == "gradients":  # where eager code has none, nothing is asked
                 a = a.where(b.isfinite(), b)
             if not _agree(a, b):
@@ -396,7 +389,7 @@ class _Site:
         specified = self._specified(values)
         with self.around():
             fused, eager = (self._results(compute, values, specified) for compute in (self._fused, self._eager))
-        for what, a, b, truth in zip(_WHAT, fused, eager, self._exactly(self._eager, values, specified)):
+        for what, a, b, truth in zip(_what(), fused, eager, self._exactly(self._eager, values, specified)):
             known = b.isfinite() & truth.isfinite()
             off = worst(measured(*(x.where(known, 0) for x in (a.to(b.dtype), b, truth.double()))))
             gross = GROSS * truth.where(known, 0).square().mean().sqrt().item()
@@ -426,7 +419,7 @@ class _Site:
         leaves, wanted = {}, []
         for node, x in values.items():
             like = tensor(node)
-            wants = needs_backward and node in self.inside.numeric and like is not None and like.requires_grad
+            wants = needs_backward and node in self.inside.roots and like is not None and like.requires_grad
             leaves[node] = x.detach().clone().requires_grad_(wants) if isinstance(x, Tensor) else x
             wanted += [leaves[node]] if wants else []
         with torch.set_grad_enabled(needs_backward), WithoutDropout():
@@ -477,10 +470,6 @@ class _Site:
         return shown
 
 
-def _is_node(x: Any) -> bool:
-    return isinstance(x, Node)
-
-
 def _is_float(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
 
@@ -494,4 +483,6 @@ def _agree(a: Tensor, b: Tensor) -> bool:
     return not a.numel() or bool((a - b).abs().max() <= AGREES * (1 + b.abs().max()))
 
 
-_WHAT = ("output", *["gradients"] * 64)
+def _what() -> Iterator[str]:
+    """What results are, in words."""
+    return chain(["output"], repeat("gradients"))

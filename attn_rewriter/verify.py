@@ -298,7 +298,7 @@ class _Trial:
         needs_backward = self.found.shapes.needs_backward
         exactly = widened(self.output.device.type, self._product) if wide else nullcontext()
         with exactly, torch.set_grad_enabled(needs_backward):
-            result = function({**leaves, self.planned.plan.site.output: self.output})
+            result = function(leaves)
             if not wanted or not needs_backward:
                 return [result.detach()]
             gradients: Sequence[Tensor | None] = [None] * len(wanted)
@@ -313,11 +313,11 @@ class _Trial:
             return x
         like = tensor(node)
         x = x.detach().double() if wide else x.detach().clone()
-        return x.requires_grad_(node in self.planned.inside.numeric and like is not None and like.requires_grad)
+        return x.requires_grad_(node in self.planned.inside.roots and like is not None and like.requires_grad)
 
     def moved(self) -> Mapping[Node, Any]:
         """Query, key and value moved at random by a rounding unit, which rounds all that follows otherwise."""
-        nodes = {self.found.operands[name].node for name in ("query", "key", "value")}
+        nodes = {self.found.operands[name].node for name in ("query", "key", "value")} & self.values.keys()
         held = {node: x for node in nodes if (x := self.values[node]).is_floating_point()}
         moved = {node: x * (1 + torch.finfo(x.dtype).eps * torch.randn_like(x)) for node, x in held.items()}
         return {**self.values, **moved}
@@ -326,7 +326,7 @@ class _Trial:
         """As kernels take them."""
 
         def of(node: Any) -> Any:
-            return values[node] if isinstance(node, Node) else node
+            return self.planned.inside.run(values, node) if isinstance(node, Node) else node
 
         return Operands(self.found, of, lambda x, dtype: x.to(dtype), self.context.size)
 

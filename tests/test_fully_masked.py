@@ -165,6 +165,18 @@ def _inference(function: Callable[..., Any], inputs: Sequence[Any]) -> Any:
         return function(*inputs)
 
 
+def everywhere(test: Callable[..., None]) -> Callable[..., None]:
+    """Every program under every mask, in half precision, in inference and in training."""
+    for names, values, ids in (
+        ("program", PROGRAMS, str),
+        ("mask", MASKS, None),
+        ("dtype", [torch.bfloat16, torch.float16], str),
+        ("training", [False, True], None),
+    ):
+        test = pytest.mark.parametrize(names, values, ids=ids)(test)
+    return test
+
+
 KERNELS = ("sdpa", "flex", "fa2", "fa4", "decode")
 
 
@@ -197,10 +209,7 @@ def compare(program: Program, kernel: str, mask: str, dtype: torch.dtype, traini
 REFUSED = ("no dropout", "takes a window", "no bias", "computes no bias", "in training", "backward", "head_dim", "mask")
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("program", PROGRAMS, ids=str)
+@everywhere
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_kernels(kernel: str, program: Program, mask: str, dtype: torch.dtype, training: bool) -> None:
     """Through stand-ins, as if for an H200."""
@@ -213,10 +222,7 @@ def test_kernels(kernel: str, program: Program, mask: str, dtype: torch.dtype, t
 
 
 @GPU
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("program", PROGRAMS, ids=str)
+@everywhere
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_kernels_of_a_gpu(kernel: str, program: Program, mask: str, dtype: torch.dtype, training: bool) -> None:
     if kernel == "decode" and training:
@@ -228,10 +234,7 @@ def test_kernels_of_a_gpu(kernel: str, program: Program, mask: str, dtype: torch
 
 
 @GPU
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("program", PROGRAMS, ids=str)
+@everywhere
 @pytest.mark.parametrize("backend", [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 def test_backends_of_sdpa(backend: SDPBackend, program: Program, mask: str, dtype: torch.dtype, training: bool) -> None:
     if backend is not SDPBackend.MATH and program.groups > 1:

@@ -321,3 +321,28 @@ def test_gradients_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
 class _Detached(dict[Any, Any]):
     def __init__(self, tensors: Any) -> None:
         super().__init__({name: x.detach() if name == "key" else x for name, x in tensors.items()})
+
+
+def value_of_the_key(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    x = k * 2
+    return (q @ x.mT * 0.35).softmax(-1) @ x
+
+
+def value_of_the_query(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    x = q * 0.5
+    return (x @ k.mT).softmax(-1) @ x
+
+
+def bias_of_the_query(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT + q[..., :1]).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("verify", ["auto", True])
+@pytest.mark.parametrize("function", [value_of_the_key, value_of_the_query, bias_of_the_query])
+def test_operands_that_are_made_of_others(function: Callable[..., Tensor], verify: Any) -> None:
+    """Their gradients are added up once, in the model as in the spec."""
+    torch._dynamo.reset()
+    inputs = [x.requires_grad_() for x in draw(dtype=torch.float32)]
+    backend = Backend(Options(compiler="aot_eager", strict=True, verify=verify))
+    torch.compile(function, backend=backend)(*inputs)
+    assert backend.report.n_fused == 1

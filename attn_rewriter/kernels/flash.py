@@ -31,7 +31,7 @@ from attn_rewriter.errors import is_out_of_memory
 from attn_rewriter.hidden import hidden_from
 from attn_rewriter.kernels.base import FUSED_HEAD_DIM, Kernel, Limits, Tensors
 from attn_rewriter.kernels.blocks import mask_names
-from attn_rewriter.kernels.fully_masked import completed, gradient_of_lifted, levels, may_mask
+from attn_rewriter.kernels.fully_masked import completed, gradient_of_lifted, lifted_rows, may_mask
 from attn_rewriter.kernels.masking import bias_terms, scaled_query, sink_scores
 from attn_rewriter.packages import unimportable, version
 from attn_rewriter.spec import (
@@ -239,7 +239,7 @@ def attend(
     terms = bias_terms(((str(bias.tensor), bias.factor) for bias in form.biases), tensors)
     gradient: Tensor | None = None
     if may_mask(spec):
-        lifted, rows = levels(spec, shapes, tensors)
+        lifted, rows = lifted_rows(spec, shapes, tensors)
         terms = [lifted]
         if shapes.needs_backward:
             gradient = gradient_of_lifted(lifted, rows, query, scale, shapes, tensors)

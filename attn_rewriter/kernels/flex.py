@@ -26,7 +26,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from attn_rewriter.device import Device
 from attn_rewriter.kernels.base import FUSED_HEAD_DIM, Kernel, Limits, Tensors
 from attn_rewriter.kernels.blocks import BLOCK, AsNode, block_mask, in_memory, mask_names, perhaps_masks
-from attn_rewriter.kernels.fully_masked import completed, fully_masked_rows, levels, may_mask
+from attn_rewriter.kernels.fully_masked import completed, lifted_rows, may_mask, rows_without_keys
 from attn_rewriter.kernels.masking import element, holds, modified
 from attn_rewriter.spec import (
     AXES,
@@ -110,13 +110,13 @@ class Flex(Kernel):
         made: dict[Any, Any] = {}  # tensors that take part beside the model's own
         if may_mask(spec) or spec.fully_masked_rows == "by fill":
             # In memory, because Inductor fails on what is read by both functions and not laid out yet (2.11).
-            made["levels"], made["rows"] = (in_memory(x) for x in levels(spec, shapes, tensors, biases=False))
+            made["levels"], made["rows"] = (in_memory(x) for x in lifted_rows(spec, shapes, tensors, biases=False))
             masking = [m for m in modifiers if isinstance(m, Bias) and m.may_mask]
             varies |= {axis for bias in masking for axis in bias.axes}
             added = Bias("levels", axes=tuple(axis for axis in AXES if axis in varies))
             modifiers = [*(m for m in modifiers if m not in masking), _Emptied("rows", shapes.needs_backward), added]
         elif self._shows_rows(spec, shapes):
-            made["rows"] = in_memory(fully_masked_rows(keep, shapes, tensors))
+            made["rows"] = in_memory(rows_without_keys(keep, shapes, tensors))
             modifiers.append(_Emptied("rows", spec.fully_masked_rows == "mean, added"))
         if made and keep != EVERY_KEY:
             keep |= TensorMask("rows", tuple(axis for axis in AXES if axis in varies - {"key"}))

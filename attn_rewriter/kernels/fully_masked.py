@@ -35,13 +35,13 @@ from attn_rewriter.spec import (
 
 
 @dataclass(frozen=True)
-class _FullyMaskedRows(AsNode):
+class _RowsWithoutKeys(AsNode):
     """Whether a row sees no key, `[batch, num_heads, q_len, 1]`; dimensions over which this does not vary have one
     element."""
 
     keep: Predicate
     names: tuple[Any, ...]  # of tensors, and sizes that are symbols
-    __name__ = "fully_masked_rows"
+    __name__ = "rows_without_keys"
     is_shared = True
 
     def run(
@@ -77,11 +77,11 @@ class _FullyMaskedRows(AsNode):
         return (up_to(last) > up_to(first)).unsqueeze(-1)
 
 
-def fully_masked_rows(keep: Predicate, shapes: Shapes, tensors: Tensors) -> Tensor:
+def rows_without_keys(keep: Predicate, shapes: Shapes, tensors: Tensors) -> Tensor:
     """Which rows see no key, `[batch, num_heads, q_len, 1]` or of one element where that is the same for all."""
     names = mask_names(keep)
     sizes = (number(n, tensors) for n in (shapes.batch, shapes.num_heads, shapes.q_len, shapes.kv_len))
-    found: Any = _FullyMaskedRows(keep, names)(*sizes, tensors["query"].device, tuple(tensors[n] for n in names))
+    found: Any = _RowsWithoutKeys(keep, names)(*sizes, tensors["query"].device, tuple(tensors[n] for n in names))
     return found
 
 
@@ -93,7 +93,7 @@ def completed(
     `query` and `scale` are those of the scores, `[batch, num_heads, q_len, head_dim]`."""
     if spec.fully_masked_rows in ("impossible", "zeros"):
         return output
-    rows = fully_masked_rows(spec.keep.within(shapes.q_len, shapes.kv_len), shapes, tensors)
+    rows = rows_without_keys(spec.keep.within(shapes.q_len, shapes.kv_len), shapes, tensors)
     if spec.fully_masked_rows == "nan":
         return torch.where(rows, float("nan"), output)
     value = mean_of_values(spec, shapes, tensors)
@@ -128,7 +128,7 @@ def gradient_of_equal_weights(query: Tensor, scale: float, shapes: Shapes, tenso
     return linear - linear.detach()
 
 
-def levels(spec: AttentionSpec, shapes: Shapes, tensors: Tensors, biases: bool = True) -> tuple[Tensor, Tensor]:
+def lifted_rows(spec: AttentionSpec, shapes: Shapes, tensors: Tensors, biases: bool = True) -> tuple[Tensor, Tensor]:
     """What masks and biases add to the scores, broadcast to these, and which rows that hides as a whole.
 
     Such a row is lifted until its highest number is zero: a softmax does not change by that, and kernels compute with
@@ -165,7 +165,7 @@ def may_mask(spec: AttentionSpec) -> bool:
 def gradient_of_lifted(
     lifted: Tensor, rows: Tensor, query: Tensor, scale: float, shapes: Shapes, tensors: Tensors
 ) -> Tensor:
-    """Zeros, with the gradients that rows which `levels` has lifted give to query and key where all their weights are
+    """Zeros, with the gradients that rows which `lifted_rows` lifts give to query and key where all their weights are
     equal. Where they are not, keys get none."""
     gradient = gradient_of_equal_weights(query, scale, shapes, tensors)
     return torch.where(rows & (lifted == 0).all(-1, keepdim=True), gradient, gradient.new_zeros(()))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from attn_rewriter.device import Device
 from attn_rewriter.kernels.base import Kernel, Tensors
-from attn_rewriter.kernels.fully_masked import levels
+from attn_rewriter.kernels.fully_masked import lifted_rows
 from attn_rewriter.kernels.masking import keep_mask, modified
 from attn_rewriter.spec import AttentionSpec, Mask, Shapes
 
@@ -56,6 +56,6 @@ class Reference(Kernel):
             case "mean, added":
                 return torch.where(rows, scores - scores.detach(), hidden)
             case "by fill":
-                lifted, rows = levels(spec, shapes, tensors)
+                lifted, rows = lifted_rows(spec, shapes, tensors)
                 return torch.where(rows, lifted, hidden)
         return hidden

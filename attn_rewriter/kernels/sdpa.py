@@ -17,7 +17,7 @@ from attn_rewriter.context_parallel import ring, scaled_dot_product_attention
 from attn_rewriter.device import Device
 from attn_rewriter.kernels.base import Kernel, Limits, Tensors
 from attn_rewriter.kernels.blocks import AsNode
-from attn_rewriter.kernels.fully_masked import gradient_of_equal_weights, gradient_of_lifted, levels, may_mask
+from attn_rewriter.kernels.fully_masked import gradient_of_equal_weights, gradient_of_lifted, lifted_rows, may_mask
 from attn_rewriter.kernels.masking import keep_mask, scaled_query, sink_scores, summed_bias
 from attn_rewriter.spec import AttentionSpec, Band, Bias, Shapes, same
 
@@ -94,7 +94,7 @@ class SDPA(Kernel):
         keep = None if is_causal else keep_mask(form.masks, shapes, tensors)
         rows: Any = None
         if spec.fully_masked_rows == "by fill" or may_mask(spec):
-            attn_mask, rows = levels(spec, shapes, tensors)
+            attn_mask, rows = lifted_rows(spec, shapes, tensors)
         elif keep is not None:
             if spec.fully_masked_rows in ("mean", "mean, added"):
                 rows = ~keep.any(-1, keepdim=True)
