@@ -435,11 +435,17 @@ class _Reading:
         try:
             levels(done)
             if self.kept and not self._every_row_sees_a_key(layout):
-                return fully_masked_rows(done, zeroing)
+                trained = tensor(self.site.output).requires_grad  # type: ignore[union-attr]
+                return fully_masked_rows(done, zeroing, self._learned() if trained else None)
             may_mask = any(isinstance(step.modifier, Bias) and step.modifier.may_mask for step in done)
             return "zeros" if may_mask and zeroing == "nan" else "impossible"
         except NotHidden as shown:
             refuse("describe", str(shown), self.site.anchor)
+
+    def _learned(self) -> set[str]:
+        """The operands that want gradients."""
+        held = {name: tensor(operand.origin.node) for name, operand in self.operands.items()}
+        return {name for name, value in held.items() if value is not None and value.requires_grad}
 
     def _every_row_sees_a_key(self, layout: Layout) -> bool:
         sizes = {axis: extent(leaves(getattr(layout, axis))) for axis in AXES}
@@ -647,10 +653,7 @@ class _Reading:
             used |= dict.fromkeys(spec.numeric, output.dtype)
         dtypes: list[torch.dtype] = [output.dtype]
         wide: list[torch.dtype] = []
-        learned: list[str] = []
         for name, state in operands.items():
-            if name in spec.numeric and (like := tensor(state.node)) is not None and like.requires_grad:
-                learned.append(name)
             if state.dtype is not None and (name in used or name in spec.numeric):
                 narrower = name in used and torch.promote_types(state.dtype, used[name]) != used[name]
                 (dtypes if name in _PRODUCT else wide).append(used[name] if narrower else state.dtype)
@@ -668,7 +671,7 @@ class _Reading:
             dtype=reduce(torch.promote_types, wide, product_dtype),
             product_dtype=product_dtype,
             needs_backward=output.requires_grad,
-            learned=tuple(sorted(learned)) if output.requires_grad else (),
+            learned=tuple(sorted(spec.numeric & self._learned())) if output.requires_grad else (),
         )
 
 

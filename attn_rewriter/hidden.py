@@ -17,10 +17,10 @@ fills alone, if these are so large that they swallow the scores they are added t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -132,8 +132,9 @@ Zeroing = Literal["nothing", "nan", "hidden", "some"]
 or some of these."""
 
 
-def fully_masked_rows(steps: Sequence[Done], zeroing: Zeroing) -> FullyMasked:
-    """What a row is in which every key is masked, by what the model does to its scores and weights.
+def fully_masked_rows(steps: Sequence[Done], zeroing: Zeroing, learned: Container[Any] | None = None) -> FullyMasked:
+    """What a row is in which every key is masked, by what the model does to its scores and weights. `learned` are the
+    tensors that want gradients, None in inference.
 
     Raises `NotHidden` where that is not known."""
     found = levels(steps)
@@ -153,17 +154,15 @@ def fully_masked_rows(steps: Sequence[Done], zeroing: Zeroing) -> FullyMasked:
     if len(values) > 1:
         return "by fill"
     added = any(isinstance(step.modifier, Mask) and step.modifier.form == "additive" for step in steps)
-    return "mean, added" if added or _biased_late(steps) else "mean"
-
-
-def _biased_late(steps: Sequence[Done]) -> bool:
-    """Whether a bias is added to what a mask has filled, and gets a gradient from there."""
-    hidden = False
-    for step in steps:
-        hidden = hidden or isinstance(step.modifier, Mask)
-        if hidden and isinstance(step.modifier, Bias):
-            return True
-    return False
+    after = steps[next(i for i, step in enumerate(steps) if isinstance(step.modifier, Mask)) + 1 :]
+    if learned is not None and added and any(isinstance(step.modifier, Clamp) for step in after):
+        # At its bound, `clamp` passes the gradient on, and `maximum` a half of it.
+        raise NotHidden("a row that sees no key is clamped after a mask was added")
+    if learned is not None and not added:
+        for step in after:
+            if isinstance(step.modifier, Bias) and step.modifier.tensor in learned:
+                raise NotHidden("a bias that wants a gradient is added to what a mask has filled")
+    return "mean, added" if added else "mean"
 
 
 def _shifted_between(steps: Sequence[Done]) -> bool:

@@ -414,7 +414,8 @@ F16, F32, F64 = torch.float16, torch.float32, torch.float64
         ([(mask("additive", -1e9), F32)], "nothing", "mean, added"),
         ([(mask("additive", -65504.0), F16)], "nothing", "mean, added"),
         ([(mask("drop", -1e9), F32), (Scale(0.125), F32)], "nothing", "mean"),
-        ([(mask("drop", -1e9), F32), (Bias("bias"), F32)], "nothing", "mean, added"),
+        ([(mask("drop", -1e9), F32), (Bias("bias"), F32)], "nothing", "mean"),
+        ([(mask("additive", -3e38), F32), (Bias("bias"), F32)], "nothing", "mean, added"),
         ([(mask("drop", -1e9), F32), (mask("drop", -1e9), F32)], "nothing", "mean"),
         ([(mask("drop", -1e9), F32), (mask("drop", -2e9), F32)], "nothing", "by fill"),
         ([(mask("additive", -3e38), F32), (mask("additive", -3e38), F32)], "nothing", "by fill"),
@@ -424,6 +425,18 @@ F16, F32, F64 = torch.float16, torch.float32, torch.float64
 )
 def test_rows(steps: list[tuple[Any, torch.dtype]], zeroing: Any, rows: str) -> None:
     assert fully_masked_rows([Done(*step) for step in steps], zeroing) == rows
+
+
+def test_rows_whose_gradients_are_not_known() -> None:
+    """In inference there are none."""
+    late = [Done(mask("drop", -1e9), F32), Done(Bias("bias"), F32)]
+    clamped = [Done(mask("additive", -3e38), F32), Done(Clamp(-3e38), F32)]
+    assert fully_masked_rows(late, "nothing", {"another"}) == "mean"
+    assert fully_masked_rows(clamped, "nothing") == "mean, added"
+    with pytest.raises(NotHidden, match="a bias that wants a gradient"):
+        fully_masked_rows(late, "nothing", {"bias"})
+    with pytest.raises(NotHidden, match="clamped after a mask was added"):
+        fully_masked_rows(clamped, "nothing", {"bias"})
 
 
 @pytest.mark.parametrize(
