@@ -27,11 +27,13 @@ constant.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -64,6 +66,16 @@ class Contents:
             return contents(tensor) == self
         with torch.no_grad():
             return bool(((tensor == self.inside) | (tensor == self.outside)).all())
+
+    def tensor(self, sizes: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+        """A tensor of these sizes that holds this, of the type of another one and on its device."""
+        assert not self.scattered
+        rows, columns = torch.arange(sizes[-2])[:, None], torch.arange(sizes[-1])
+        lower = -math.inf if self.lower is None else self.lower
+        upper = math.inf if self.upper is None else self.upper
+        inside = (columns - rows >= lower) & (columns - rows <= upper)
+        held = torch.full((sizes[-2], sizes[-1]), self.outside, dtype=like.dtype)
+        return held.masked_fill(inside, self.inside).expand(*sizes).clone().to(like.device)
 
 
 def contents(tensor: torch.Tensor, weakly: bool = False) -> Contents | None:
@@ -123,6 +135,8 @@ class State(NamedTuple):
     @staticmethod
     def of(tensor: Any) -> State | None:
         """None for tensors that do not say when they change, or are no plain tensors."""
+        if type(tensor) is FakeTensor:  # of a graph that is compiled in parts: each call asks again, for real tensors
+            return State(tensor.untyped_storage()._cdata, tensor._version, 0, tensor.shape, (), 0, tensor.dtype, False)
         if type(tensor) is not torch.Tensor or tensor.is_inference() or _is_wrapped(tensor):
             return None
         if tensor.layout != torch.strided:

@@ -32,7 +32,7 @@ from torch._subclasses import FakeTensor
 from torch.fx import Node
 from torch.utils._pytree import tree_map
 
-from attn_rewriter.buffers import buffer_of
+from attn_rewriter.buffers import HandedOn, buffer_of
 from attn_rewriter.contract import measured, worst
 from attn_rewriter.describe import Description
 from attn_rewriter.device import Device
@@ -171,9 +171,12 @@ class _Draw:
             if given is not None and facts.outer is not None and facts.caller is not None:
                 self._compute(facts.outer, [given], facts.caller)
                 return self.env[given]
-            if facts.outer is None and self.inputs and (not self.number or buffer_of(node) is not None):
+            known = buffer_of(node) if facts.outer is None else None
+            if facts.outer is None and self.inputs and (not self.number or known is not None):
                 held = self.inputs[facts.graph.find_nodes(op="placeholder").index(node)]
                 return held.detach().clone() if isinstance(held, Tensor) else _concrete(held)
+            if isinstance(known, HandedOn) and (like := tensor(node)) is not None:  # of a graph that is not called yet
+                return known.read().tensor([*map(_hint, like.shape)], like)
         return self._made_up(node)
 
     def _made_up(self, node: Node) -> Any:

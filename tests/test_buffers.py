@@ -7,6 +7,7 @@ import gc
 import io
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -545,6 +546,10 @@ def test_contents(matrix: Tensor, inside: Any, outside: Any, lower: int | None, 
     found = contents(matrix)
     assert found is not None
     assert (found.inside, found.outside, found.lower, found.upper) == (inside, outside, lower, upper)
+    if outside is not None:
+        assert torch.equal(found.tensor(matrix.shape, matrix), matrix)
+        lowest = replace(found, outside=torch.finfo(torch.float64).min)
+        assert lowest.tensor(matrix.shape, matrix.double()).min() == lowest.outside
 
 
 @pytest.mark.parametrize(

@@ -120,8 +120,8 @@ def test_another_version(mesh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """That does not say where a block ends: then the settings stay, which is said."""
     monkeypatch.setattr(context_parallel, "_BEGIN", "no_such_function")
     x = given()
-    with config.patch(fail_on_recompile_limit_hit=False, suppress_errors=False), block(mesh, x):
-        monkeypatch.setattr(config, "fail_on_recompile_limit_hit", False)
+    before = config.patch(fail_on_recompile_limit_hit=False, suppress_errors=False)
+    with block(mesh, x), before:
         with pytest.warns(UserWarning, match="does not say where a block"):
             compiled(lambda x: x * 2)(x)
         assert settings() == (True, False)
