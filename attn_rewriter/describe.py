@@ -409,7 +409,8 @@ class _Reading:
                 refuse("describe", f"scores go through {modifier} after they were shifted", self.site.anchor)
             modifiers = _followed_by(modifiers, modifier)
         dropout_p, gates, zeroing = self._after_softmax(after, late_names)
-        empty = self._fully_masked_rows(done, zeroing, layout) if sinks is None else "impossible"
+        stable = self._is_stable(steps, done)
+        empty = self._fully_masked_rows(done, zeroing, layout, stable) if sinks is None else "impossible"
         modifiers = _without_idle_masks([m for m in modifiers if m != Scale(1.0)])
         spec = AttentionSpec(tuple(modifiers), dropout_p, sinks, gates, empty)
         operands = {
@@ -430,14 +431,28 @@ class _Reading:
         """Whether `a <= b`, now and for as long as this graph is called: other sizes are compiled anew."""
         return at_most(a, b) or (not at_most(b, a) and guarded(a, b, self.site.output))
 
-    def _fully_masked_rows(self, done: list[Done], zeroing: Zeroing, layout: Layout) -> FullyMasked:
+    def _is_stable(self, steps: Steps, done: list[Done]) -> bool | None:
+        """Whether the maximum of each row is subtracted after all masks; None where something else is."""
+        if self.site.softmax is None or self.site.softmax.stable:
+            return True
+        last = max((i for i, step in enumerate(done) if _may_hide(step.modifier)), default=-1)
+        shifts = [step for step in steps[last + 1 :] if isinstance(step.what, Shift)]
+        return None if shifts and not any(map(_is_by_row_maximum, shifts)) else bool(shifts)
+
+    def _fully_masked_rows(
+        self, done: list[Done], zeroing: Zeroing, layout: Layout, stable: bool | None
+    ) -> FullyMasked:
         """What rows are that see no key, if there may be any; refuses where a hidden key may come back."""
         try:
             levels(done)
             if self.kept and not self._every_row_sees_a_key(layout):
+                if stable is None:
+                    raise NotHidden("a row that sees no key is shifted by something else than its maximum")
                 trained = tensor(self.site.output).requires_grad  # type: ignore[union-attr]
-                return fully_masked_rows(done, zeroing, self._learned() if trained else None)
-            may_mask = any(isinstance(step.modifier, Bias) and step.modifier.may_mask for step in done)
+                return fully_masked_rows(done, zeroing, self._learned() if trained else None, stable)
+            may_mask = any(_may_hide(step.modifier) for step in done if isinstance(step.modifier, Bias))
+            if may_mask and not stable:
+                raise NotHidden("a row that a bias hides is not shifted by its maximum")
             return "zeros" if may_mask and zeroing == "nan" else "impossible"
         except NotHidden as shown:
             refuse("describe", str(shown), self.site.anchor)
@@ -589,10 +604,10 @@ class _Reading:
         return Mask(name, self._named(kept, name, origin), form, fills)
 
     def _may_mask(self, bias: State) -> bool:
-        """Whether a bias that can't be read may hide all keys of a row: one that no parameter had a part in, and that
-        varies over more than heads and keys, as ALiBi's slopes do."""
+        """Whether a bias that can't be read may hide all keys of a row: one that no parameter had a part in, unless it
+        varies over keys and at most heads, as ALiBi's slopes do."""
         varies = set(axes(bias.dims))
-        if "key" not in varies or varies <= {"head", "key"}:
+        if "key" in varies and varies <= {"head", "key"}:
             return False
         seen, stack = set[Node](), [bias.node]
         while stack:
@@ -680,6 +695,21 @@ def _without_idle_masks(modifiers: list[Modifier]) -> list[Modifier]:
     bends = [i for i, m in enumerate(modifiers) if isinstance(m, (Softcap, Clamp, ScaleBy))]
     last = max(bends, default=-1)
     return [replace(m, may_mask=False) if isinstance(m, Bias) and i < last else m for i, m in enumerate(modifiers)]
+
+
+def _may_hide(modifier: Modifier | None) -> bool:
+    return isinstance(modifier, Mask) or (isinstance(modifier, Bias) and modifier.may_mask)
+
+
+def _is_by_row_maximum(step: Step) -> bool:
+    """Whether a shift's maximum was taken over the keys alone. (It is some maximum of the scores that it shifts.)"""
+    if not isinstance(step.what, Shift) or not isinstance(step.what.by, Node):
+        return False
+    sizes = (*(1 for _ in step.dims), *shape(step.what.by))[-len(step.dims) :]
+    return all(
+        any(atom.axis == "key" for atom in leaves(dim)) or same(extent(leaves(dim)), n)
+        for dim, n in zip(step.dims, sizes)
+    )
 
 
 def _dtype(node: Any) -> torch.dtype:

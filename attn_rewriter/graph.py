@@ -508,7 +508,7 @@ _DEAR |= {"scaled_dot_product_attention", "multi_head_attention_forward"}
 _CHEAP = {
     *("setitem", "index_put", "fill", "zero", "copy", "gather", "index_select", "take_along_dim", "roll", "flip"),
     *("stack", "unbind", "split", "select", "narrow", "diagonal", "one_hot", "bucketize", "searchsorted", "argsort"),
-    *("sort", "cumprod", "isin", "any", "all", "sum", "eye"),
+    *("sort", "cumprod", "isin", "any", "all", "sum", "eye", "scatter", "index_fill", "get_data_attr"),
 }
 
 
@@ -715,13 +715,17 @@ class Facts:
         if not between:
             return node
         for write in between:
-            if not _same_view(write, node):
+            if not same_view(write, node):
                 refuse("describe", f"{node} is modified in place by {describe_node(write)} before it is used", write)
         return between[-1]
 
     def writes(self, node: Node) -> list[Node]:
         """The nodes that may change the contents of a tensor, or of what shares its memory."""
         return self._writes.get(_storage(node), [])
+
+    def written(self, node: Node) -> list[Node]:
+        """The arguments whose contents a node may change."""
+        return _written(node, self.modules)
 
     def unchanged(self, node: Node, until: Node | None = None) -> bool:
         """Whether `until`, or the end of the graph, still sees the contents that `node` had when it was made."""
@@ -792,7 +796,7 @@ def _storage(node: Any) -> int | None:
         return None
 
 
-def _same_view(a: Node, b: Node) -> bool:
+def same_view(a: Node, b: Node) -> bool:
     """Whether two nodes stand for the same elements of the same tensor, and gradients flow alike through both."""
     x, y = tensor(a), tensor(b)
     if x is None or y is None or _storage(a) != _storage(b) or x.requires_grad != y.requires_grad:

@@ -127,17 +127,27 @@ def _swallows(fill: float, dtype: torch.dtype) -> bool:
     return math.isinf(fill) or abs(fill) * torch.finfo(dtype).eps / 2 >= SWALLOWED
 
 
+def swallowing_from(dtype: torch.dtype) -> float:
+    """The number at or below which a row whose highest score it is counts as one that sees no key. It is half of what
+    hides a score, as fills of several masks may be added without rounding in between, but swallows scores in any case.
+    (In float64 -1e9 does not: such a row attends by its scores.)"""
+    return min(hidden_from(dtype) / 2, -2 * SWALLOWED / torch.finfo(dtype).eps)
+
+
 Zeroing = Literal["nothing", "nan", "hidden", "some"]
 """Which weights are set to zero after the softmax: none, those that are not a number, all that were hidden before it,
 or some of these."""
 
 
-def fully_masked_rows(steps: Sequence[Done], zeroing: Zeroing, learned: Container[Any] | None = None) -> FullyMasked:
+def fully_masked_rows(
+    steps: Sequence[Done], zeroing: Zeroing, learned: Container[Any] | None = None, stable: bool = True
+) -> FullyMasked:
     """What a row is in which every key is masked, by what the model does to its scores and weights. `learned` are the
-    tensors that want gradients, None in inference.
+    tensors that want gradients, None in inference. A softmax that is not `stable` divides the exponentials by their
+    sum, without the row's maximum subtracted: those of hidden scores are zero, as of minus infinity.
 
     Raises `NotHidden` where that is not known."""
-    found = levels(steps)
+    found = levels(steps) if stable else (Level(-math.inf),)
     values = {level.value for level in found}
     if zeroing == "hidden" or (zeroing == "nan" and values == {-math.inf}):
         return "zeros"
@@ -150,7 +160,7 @@ def fully_masked_rows(steps: Sequence[Done], zeroing: Zeroing, learned: Containe
     if values == {-math.inf}:
         return "nan"
     if _shifted_between(steps):
-        raise NotHidden("a row that sees no key is shifted between two masks")
+        raise NotHidden("a row that sees no key is shifted between a mask and another one, or a bias")
     if len(values) > 1:
         return "by fill"
     added = any(isinstance(step.modifier, Mask) and step.modifier.form == "additive" for step in steps)
@@ -166,6 +176,7 @@ def fully_masked_rows(steps: Sequence[Done], zeroing: Zeroing, learned: Containe
 
 
 def _shifted_between(steps: Sequence[Done]) -> bool:
-    """Whether rows are shifted after one mask and before another."""
-    first, *rest = [i for i, step in enumerate(steps) if isinstance(step.modifier, Mask)]
+    """Whether rows are shifted after a mask and before another one, or a bias, which is not swallowed then."""
+    masks = [i for i, step in enumerate(steps) if isinstance(step.modifier, Mask)]
+    first, *rest = [i for i, step in enumerate(steps) if isinstance(step.modifier, (Mask, Bias)) and i >= masks[0]]
     return bool(rest) and any(step.modifier is None for step in steps[first : rest[-1]])

@@ -102,7 +102,7 @@ def before(
     stops: Callable[[Node], bool] = lambda node: node.op == "placeholder",
 ) -> list[Node]:
     """What nodes are computed from, themselves included, with all that is written into these before `until` has run, in
-    order: nothing that is `known`, and nothing before a node that `stops`."""
+    order: nothing that is `known`, and nothing before a node that `stops`, unless that writes."""
     found, stack = set[Node](), [*nodes]
     while stack:
         node = stack.pop()
@@ -110,7 +110,7 @@ def before(
             continue
         found.add(node)
         stack += facts.writes(node)
-        stack += [] if stops(node) else node.all_input_nodes
+        stack += [] if stops(node) and not facts.written(node) else node.all_input_nodes
     return sorted(found, key=facts.position.__getitem__)
 
 

@@ -79,7 +79,8 @@ def _attention(
     dropout_p = args["dropout_p"] if args["training"] else 0.0
     if args["need_weights"] and mask is not None:
         # Then PyTorch has a softmax of its own between two products, of which a row without a key is not a number.
-        head_dim = splice.value(query).size(-1)
+        known = splice.value(query).size(-1)
+        head_dim = known if isinstance(known, int) else query.size(-1)
         scores = (query * head_dim**-0.5) @ key.transpose(-2, -1)
         is_bool = splice.value(mask).dtype == torch.bool
         scores = scores.masked_fill(~mask, float("-inf")) if is_bool else scores + mask

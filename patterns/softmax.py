@@ -12,36 +12,38 @@ from attn_rewriter.patterns.match import Matcher, Pattern, argument, exp, logsum
 _score, _dim, _keepdim = tensor_("score"), argument("dim"), argument("keepdim")
 _sum = summed(exp(_score), _dim, _keepdim)
 
-_SPELLINGS: tuple[tuple[Pattern, float | None], ...] = (
-    (softmax(_score, _dim), None),
-    (exp(_score) / _sum, None),
-    (exp(_score - logsumexp(_score, _dim, _keepdim)), None),
+_SPELLINGS: tuple[tuple[Pattern, float | None, bool], ...] = (
+    (softmax(_score, _dim), None, True),
+    (exp(_score) / _sum, None, False),
+    (exp(_score - logsumexp(_score, _dim, _keepdim)), None, True),
     # "Attention is off by one": one more score of 0. (Where the maximum was subtracted first, it is a score that
     # moves with the row: whoever reads on refuses that.)
-    (exp(_score) / (_sum + 1), 0.0),
+    (exp(_score) / (_sum + 1), 0.0, False),
 )
-"""Each with the score of the sink that it has, if any."""
+"""Each with the score of the sink that it has, if any, and whether it subtracts the maximum of each row."""
 
 
 @dataclass(frozen=True)
 class Softmax:
-    """`softmax(input, dim)`, with a constant sink or without; `nodes` are all that it is spelled with."""
+    """`softmax(input, dim)`, with a constant sink or without; `nodes` are all that it is spelled with. It is `stable`
+    if it subtracts the maximum of each row."""
 
     input: Node
     dim: int
     nodes: tuple[Node, ...]
     sink: float | None = None
+    stable: bool = True
 
 
 def read_softmax(node: Node, call: Call | None, matcher: Matcher) -> Softmax | None:
     """Read a softmax that ends at `node`; None for anything else."""
     if call is None or call.name not in ("softmax", "div", "exp"):
         return None
-    for pattern, sink in _SPELLINGS:
+    for pattern, sink, stable in _SPELLINGS:
         for bound in matcher.operation(pattern, node, {}):
             dim = _one_axis(bound["dim"], bound["score"])
             if dim is not None and bound.get("keepdim", True):
-                return Softmax(bound["score"], dim, tuple(dict.fromkeys(bound["nodes"])), sink)
+                return Softmax(bound["score"], dim, tuple(dict.fromkeys(bound["nodes"])), sink, stable)
     return None
 
 

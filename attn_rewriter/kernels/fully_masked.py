@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attn_rewriter.hidden import hidden_from
+from attn_rewriter.hidden import swallowing_from
 from attn_rewriter.kernels.base import Tensors, number
 from attn_rewriter.kernels.blocks import AsNode, mask_names
 from attn_rewriter.kernels.masking import coordinates, holds, keep
@@ -148,7 +148,7 @@ def lifted_rows(spec: AttentionSpec, shapes: Shapes, tensors: Tensors, biases: b
             case Mask(fills=(fill,)):
                 added = torch.where(keep(modifier, tensors), added, fill)
     highest = added.amax(-1, keepdim=True).detach()
-    rows = highest <= hidden_from(shapes.dtype) / 2  # Inductor does not round in between
+    rows = highest <= swallowing_from(shapes.dtype)
     if spec.fully_masked_rows == "zeros":  # minus infinity stays, and gives zeros
         highest = highest.masked_fill(highest == float("-inf"), 0.0)
     lifted = added - highest

@@ -19,7 +19,7 @@ CHUNK = 100
 """A process runs so many programs: what a compiled one leaves behind in memory is given back."""
 
 RETRIES = 20
-KINDS = ("right", "wrong", "raised", "doubted", "not ours", "invalid")
+KINDS = ("right", "fell back", "wrong", "raised", "doubted", "not ours", "invalid")
 
 
 @dataclass
@@ -62,6 +62,7 @@ def run(
     A failing one is made small for `small` seconds; but not more than `at_most` of them."""
     torch.set_num_threads(1)
     tally = Tally()
+    failed: list[tuple[Verdict, dict[str, str]]] = []
     for number in range(first, first + count):
         for attempt in range(RETRIES):
             name = f"{seed}/{number}" + (f"/{attempt}" if attempt else "")
@@ -79,10 +80,11 @@ def run(
         if verdict.sites and verdict.fused == verdict.sites:
             tally.fully.update(choices.features)
         if verdict.kind in ("wrong", "raised", "doubted"):
-            failure = {"program": name, "kind": verdict.kind, "said": verdict.said, "source": source}
-            if small and (at_most is None or len(tally.failures) < at_most):
-                failure["smallest"] = shrink(name, verdict, lambda text: check(text, options), small, plain)
-            tally.failures.append(failure)
+            failed.append((verdict, {"program": name, "kind": verdict.kind, "said": verdict.said, "source": source}))
+    tally.failures = [failure for _, failure in failed]
+    for verdict, failure in failed[:at_most] if small else ():  # last: among what is tried is what PyTorch chokes on
+        name = failure["program"]
+        failure["smallest"] = shrink(name, verdict, lambda text: check(text, options), small, plain)
     return tally
 
 
