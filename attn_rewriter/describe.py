@@ -32,7 +32,7 @@ from attn_rewriter.graph import (
     shape,
     tensor,
 )
-from attn_rewriter.hidden import Done, NotHidden, Zeroing, fully_masked_rows, is_masking, levels
+from attn_rewriter.hidden import Done, NotHidden, Zeroing, fully_masked_rows, is_masking, levels, swallows
 from attn_rewriter.patterns.axes import Atom, Dim, Dims, backward, extent, fresh, leaves
 from attn_rewriter.patterns.masks import MaskReader, axes
 from attn_rewriter.patterns.match import Matcher
@@ -410,7 +410,7 @@ class _Reading:
             modifiers = _followed_by(modifiers, modifier)
         dropout_p, gates, zeroing = self._after_softmax(after, late_names)
         stable = self._is_stable(steps, done)
-        empty = self._fully_masked_rows(done, zeroing, layout, stable) if sinks is None else "impossible"
+        empty = self._fully_masked_rows(done, zeroing, layout, stable, sinks)
         modifiers = _without_idle_masks([m for m in modifiers if m != Scale(1.0)])
         spec = AttentionSpec(tuple(modifiers), dropout_p, sinks, gates, empty)
         operands = {
@@ -433,26 +433,30 @@ class _Reading:
 
     def _is_stable(self, steps: Steps, done: list[Done]) -> bool | None:
         """Whether the maximum of each row is subtracted after all masks; None where something else is."""
-        if self.site.softmax is None or self.site.softmax.stable:
-            return True
+        known = self.site.softmax is None or self.site.softmax.stable
+        if known is not False:
+            return known
         last = max((i for i, step in enumerate(done) if _may_hide(step.modifier)), default=-1)
         shifts = [step for step in steps[last + 1 :] if isinstance(step.what, Shift)]
         return None if shifts and not any(map(_is_by_row_maximum, shifts)) else bool(shifts)
 
     def _fully_masked_rows(
-        self, done: list[Done], zeroing: Zeroing, layout: Layout, stable: bool | None
+        self, done: list[Done], zeroing: Zeroing, layout: Layout, stable: bool | None, sinks: Any
     ) -> FullyMasked:
         """What rows are that see no key, if there may be any; refuses where a hidden key may come back."""
         try:
             levels(done)
-            if self.kept and not self._every_row_sees_a_key(layout):
-                if stable is None:
-                    raise NotHidden("a row that sees no key is shifted by something else than its maximum")
-                trained = tensor(self.site.output).requires_grad  # type: ignore[union-attr]
-                return fully_masked_rows(done, zeroing, self._learned() if trained else None, stable)
+            if sinks is not None:  # there is always something to attend to
+                return "impossible"
             may_mask = any(_may_hide(step.modifier) for step in done if isinstance(step.modifier, Bias))
             if may_mask and not stable:
-                raise NotHidden("a row that a bias hides is not shifted by its maximum")
+                raise NotHidden("the maximum is not subtracted from a row that a bias may hide")
+            masks = [(step.modifier, step.dtype) for step in done if isinstance(step.modifier, Mask)]
+            if may_mask and not all(swallows(fill, dtype) for mask, dtype in masks for fill in mask.fills):
+                raise NotHidden("a mask's fill does not swallow scores, beside a bias that may be a mask, too")
+            if self.kept and not self._every_row_sees_a_key(layout):
+                trained = tensor(self.site.output).requires_grad  # type: ignore[union-attr]
+                return fully_masked_rows(done, zeroing, self._learned() if trained else None, stable)
             return "zeros" if may_mask and zeroing == "nan" else "impossible"
         except NotHidden as shown:
             refuse("describe", str(shown), self.site.anchor)

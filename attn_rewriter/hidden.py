@@ -92,7 +92,7 @@ def _level(steps: Sequence[Done], hiding: dict[int, float]) -> Level:
             # The fill is a number of the model's code, or of a tensor that was read, whose type may be wider.
             fill = _rounded(hiding[i], step.dtype)
             if modifier.form == "additive":
-                shows = shows or (score is None and not _swallows(fill, step.dtype))
+                shows = shows or (score is None and not swallows(fill, step.dtype))
                 score = _rounded((score or 0.0) + hiding[i], step.dtype)
             else:
                 score, shows = fill, False
@@ -110,7 +110,7 @@ def _level(steps: Sequence[Done], hiding: dict[int, float]) -> Level:
                 case Softcap():
                     raise NotHidden(f"scores go through {modifier} after a mask")
                 case Bias():
-                    shows = shows or not _swallows(score, step.dtype)
+                    shows = shows or not swallows(score, step.dtype)
             if not score <= FADED:
                 factor = modifier.factor if isinstance(modifier, Scale) else 1.0
                 raise NotHidden(f"scores are scaled by {factor:g} after a mask: what is hidden becomes {score:g}")
@@ -122,7 +122,7 @@ def _rounded(value: float, dtype: torch.dtype) -> float:
     return float(torch.tensor(value, dtype=torch.float64, device="cpu").to(dtype).item())
 
 
-def _swallows(fill: float, dtype: torch.dtype) -> bool:
+def swallows(fill: float, dtype: torch.dtype) -> bool:
     """Whether scores of ordinary size are lost in what they are added to."""
     return math.isinf(fill) or abs(fill) * torch.finfo(dtype).eps / 2 >= SWALLOWED
 
@@ -140,15 +140,18 @@ or some of these."""
 
 
 def fully_masked_rows(
-    steps: Sequence[Done], zeroing: Zeroing, learned: Container[Any] | None = None, stable: bool = True
+    steps: Sequence[Done], zeroing: Zeroing, learned: Container[Any] | None = None, stable: bool | None = True
 ) -> FullyMasked:
     """What a row is in which every key is masked, by what the model does to its scores and weights. `learned` are the
     tensors that want gradients, None in inference. A softmax that is not `stable` divides the exponentials by their
-    sum, without the row's maximum subtracted: those of hidden scores are zero, as of minus infinity.
+    sum, without the row's maximum subtracted: those of hidden scores are zero, as of minus infinity. (None: something
+    else is subtracted.)
 
     Raises `NotHidden` where that is not known."""
-    found = levels(steps) if stable else (Level(-math.inf),)
+    found = (Level(-math.inf),) if stable is False else levels(steps)
     values = {level.value for level in found}
+    if stable is None and zeroing != "hidden" and values != {-math.inf}:
+        raise NotHidden("something else than its maximum is subtracted from a row that sees no key")
     if zeroing == "hidden" or (zeroing == "nan" and values == {-math.inf}):
         return "zeros"
     if zeroing == "some" or (zeroing == "nan" and -math.inf in values):

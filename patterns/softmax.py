@@ -12,27 +12,27 @@ from attn_rewriter.patterns.match import Matcher, Pattern, argument, exp, logsum
 _score, _dim, _keepdim = tensor_("score"), argument("dim"), argument("keepdim")
 _sum = summed(exp(_score), _dim, _keepdim)
 
-_SPELLINGS: tuple[tuple[Pattern, float | None, bool], ...] = (
+_SPELLINGS: tuple[tuple[Pattern, float | None, bool | None], ...] = (
     (softmax(_score, _dim), None, True),
     (exp(_score) / _sum, None, False),
-    (exp(_score - logsumexp(_score, _dim, _keepdim)), None, True),
+    (exp(_score - logsumexp(_score, _dim, _keepdim)), None, None),
     # "Attention is off by one": one more score of 0. (Where the maximum was subtracted first, it is a score that
     # moves with the row: whoever reads on refuses that.)
     (exp(_score) / (_sum + 1), 0.0, False),
 )
-"""Each with the score of the sink that it has, if any, and whether it subtracts the maximum of each row."""
+"""Each with the score of the sink that it has, if any, and whether it is stable."""
 
 
 @dataclass(frozen=True)
 class Softmax:
     """`softmax(input, dim)`, with a constant sink or without; `nodes` are all that it is spelled with. It is `stable`
-    if it subtracts the maximum of each row."""
+    if it subtracts the maximum of each row before it takes exponentials (None: if it subtracts something else)."""
 
     input: Node
     dim: int
     nodes: tuple[Node, ...]
     sink: float | None = None
-    stable: bool = True
+    stable: bool | None = True
 
 
 def read_softmax(node: Node, call: Call | None, matcher: Matcher) -> Softmax | None:

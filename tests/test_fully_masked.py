@@ -369,6 +369,104 @@ def test_numbers_of_two_masks_that_are_added() -> None:
     assert_the_same(found, function(*inputs))
 
 
+def by_hand(s: Tensor) -> Tensor:
+    return s.exp() / s.exp().sum(-1, keepdim=True)
+
+
+def by_hand_less_the_maximum(s: Tensor) -> Tensor:
+    return by_hand(s - s.amax(-1, keepdim=True))
+
+
+def by_hand_less_its_log_sum(s: Tensor) -> Tensor:
+    return torch.exp(s - s.logsumexp(-1, keepdim=True))
+
+
+def by_hand_less_the_largest_of_all(s: Tensor) -> Tensor:
+    return by_hand(s - s.amax((-2, -1), keepdim=True))
+
+
+SOFTMAXES = (by_hand, by_hand_less_the_maximum, by_hand_less_its_log_sum, by_hand_less_the_largest_of_all)
+
+
+@pytest.mark.parametrize("fill", ["filled with -1e9", "filled with the lowest", "added", "scaled afterwards"])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("softmax", SOFTMAXES)
+def test_a_softmax_by_hand(softmax: Callable[[Tensor], Tensor], mask: str, fill: str) -> None:
+    """It divides zero by zero, unless the maximum of the row is subtracted. Where something else is, anything may come
+    out: beside the lowest number the logarithm of the sum is lost, and each weight is 1."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        return softmax(FILLS[fill](q @ k.mT * 0.3, keep)) @ v
+
+    inputs = [x.detach() for x in Program("where").inputs(mask, 0, torch.float64)[:4]]
+    fused, report = rewritten(function)
+    found, eager = fused(*inputs), function(*inputs)
+    assert report().n_fused == (softmax in (by_hand, by_hand_less_the_maximum))
+    assert torch.equal(found.isnan(), eager.isnan())
+    torch.testing.assert_close(found, eager, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("low", [-1e4, -1e9, -1e30, INF])
+@pytest.mark.parametrize("shape", [(), (24, 1), (3, 1, 24, 1), (3, 1, 24, 24)], ids=str)
+def test_rows_that_are_handed_in(shape: tuple[int, ...], low: float, dtype: torch.dtype) -> None:
+    """Numbers that hide all keys of a row, or are the same for all of them, and swallow the scores or do not."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, added: Tensor) -> Tensor:
+        return (q @ k.mT * 0.3 + added).softmax(-1) @ v
+
+    inputs = [x.detach() for x in Program("where").inputs("scattered", 0, dtype)[:3]]
+    added = torch.zeros(shape, dtype=dtype)
+    (added[..., :7, :] if shape else added).fill_(low)
+    fused, report = rewritten(function)
+    found, eager = fused(*inputs, added), function(*inputs, added)
+    assert report().n_fused == 1
+    assert torch.equal(found.isnan(), eager.isnan())
+    swallows = low < (-1e9 if dtype == torch.float64 else -1e4)
+    exact = eager.double() if swallows else function(*(x.double() for x in (*inputs, 0 * added)))
+    assert_as_accurate(found.nan_to_num(), eager.nan_to_num(), exact.nan_to_num())
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "reference"])
+def test_gradients_beside_rows_of_minus_infinity(kernel: str) -> None:
+    """A fill passes no gradient on; what is no number in one row spoils no other one's query, and no key."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, bias: Tensor) -> Tensor:
+        return ((q @ k.mT * 0.3).masked_fill(~keep, INF) + bias).softmax(-1) @ v
+
+    inputs = Program("where", "given").inputs("scattered", 0, torch.float64)
+    fused, report = rewritten(function, kernel=kernel)
+    (found, gradients), (eager, expected) = (with_gradients(f, inputs) for f in (fused, function))
+    assert report().n_fused == 1
+    assert torch.equal(found.isnan(), eager.isnan()) and found.isnan().any()
+    assert all(x.isfinite().all() for x in expected[:2])
+    assert_the_same(gradients[:2], expected[:2])
+
+
+def test_a_mask_that_is_turned_around_beside_a_sink() -> None:
+    """There is always something to attend to, but what was hidden is seen."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        return F.pad(-(q @ k.mT).masked_fill(~keep, INF), (1, 0)).softmax(-1)[..., 1:] @ v
+
+    inputs = [x.detach() for x in Program("where").inputs("scattered", 0, torch.float64)[:4]]
+    fused, report = rewritten(function)
+    assert torch.equal(fused(*inputs).isnan(), function(*inputs).isnan())
+    assert "scaled by -1 after a mask" in str(report().sites[0].reasons)
+
+
+def test_a_fill_beside_a_bias_that_may_be_a_mask() -> None:
+    """In float64 -1e9 swallows no score: in a row that both hide, some keys would show theirs."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, bias: Tensor) -> Tensor:
+        return (q @ k.mT + bias).masked_fill(~keep, -1e9).softmax(-1) @ v
+
+    inputs = [x.detach() for x in Program("where").inputs("scattered", 0, torch.float64)]
+    fused, report = rewritten(function)
+    torch.testing.assert_close(fused(*inputs), function(*inputs))
+    assert "does not swallow scores" in str(report().sites[0].reasons)
+
+
 def test_dropout_keeps_its_distribution() -> None:
     """Of equal weights as of others: so many are dropped, and the rest is scaled up."""
     p, length = 0.25, 64
@@ -447,6 +545,7 @@ def test_rows_whose_gradients_are_not_known() -> None:
         ([(mask("drop", -1e9), F32)], "some", "only some weights"),
         ([(mask("drop", -1e9), F32), (mask(), F32)], "nan", "only some weights"),
         ([(mask("drop", -1e9), F32), (None, F32), (mask("drop", -1e9), F32)], "nothing", "shifted between"),
+        ([(mask("drop", -1e9), F32), (None, F32), (Bias("bias"), F32)], "nothing", "shifted between"),
     ],
 )
 def test_rows_that_are_not_known(steps: list[tuple[Any, torch.dtype]], zeroing: Any, reason: str) -> None:

@@ -216,6 +216,38 @@ def test_no_false_alarm(spelling: Spelling, monkeypatch: pytest.MonkeyPatch) -> 
     assert not any(said)
 
 
+WRITES: dict[str, Callable[[Tensor], Any]] = {
+    "through its data": lambda keep: keep.data.zero_(),
+    "as an output": lambda keep: torch.logical_not(keep, out=keep),
+    "scattered": lambda keep: keep.scatter_(-1, torch.zeros_like(keep, dtype=torch.long), True),
+    "by chance": lambda keep: keep.bernoulli_(1.0),
+    "through a view": lambda keep: keep.unfold(-1, 2, 2)[..., 0].fill_(False),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_what_is_written_into_a_mask(write: str) -> None:
+    """Whatever writes: it is run, or makes up what it writes, where that is dear."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keep = torch.arange(k.size(2)) <= torch.arange(q.size(2))[:, None]
+        WRITES[write](keep)
+        return (q @ k.mT).masked_fill(~keep, -1e30).softmax(-1) @ v
+
+    assert _fused(function, draw(dtype=torch.float32)) == 1
+
+
+def test_gradients_that_are_zero() -> None:
+    """Of a row that sees one key."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keep = torch.arange(k.size(2)) == torch.arange(q.size(2))[:, None]
+        return (q @ k.mT).masked_fill(~keep, float("-inf")).softmax(-1) @ v
+
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        assert _fused(function, [x.requires_grad_() for x in draw(dtype=dtype)]) == 1
+
+
 def test_inputs_and_random_numbers_stay_as_they_are() -> None:
     def function(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, cache: Tensor) -> Tensor:
         cache.add_(1.0)

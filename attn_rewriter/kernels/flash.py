@@ -31,7 +31,7 @@ from attn_rewriter.errors import is_out_of_memory
 from attn_rewriter.hidden import hidden_from
 from attn_rewriter.kernels.base import FUSED_HEAD_DIM, Kernel, Limits, Tensors
 from attn_rewriter.kernels.blocks import mask_names
-from attn_rewriter.kernels.fully_masked import completed, gradient_of_lifted, lifted_rows, may_mask
+from attn_rewriter.kernels.fully_masked import completed, gradient_of_lifted, lifted_rows, lost, may_mask
 from attn_rewriter.kernels.masking import bias_terms, scaled_query, sink_scores
 from attn_rewriter.packages import unimportable, version
 from attn_rewriter.spec import (
@@ -238,6 +238,7 @@ def attend(
     lowest = hidden_from(shapes.dtype)
     terms = bias_terms(((str(bias.tensor), bias.factor) for bias in form.biases), tensors)
     gradient: Tensor | None = None
+    lifted: Tensor | None = None
     if may_mask(spec):
         lifted, rows = lifted_rows(spec, shapes, tensors)
         terms = [lifted]
@@ -252,7 +253,8 @@ def attend(
     attention = flash_attention_with_dropout if spec.dropout_p else flash_attention
     output = attention(query, key, value, sinks, parts, masks, biases, *options)[0].transpose(1, 2)
     output = completed(output, query.transpose(1, 2), scale, spec, shapes, tensors)
-    return output if gradient is None else output + gradient
+    output = output if gradient is None else output + gradient
+    return output if lifted is None else lost(output, lifted, spec, shapes)
 
 
 def _narrow(shapes: Shapes, form: FlashForm | str) -> Shapes:

@@ -26,7 +26,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from attn_rewriter.device import Device
 from attn_rewriter.kernels.base import FUSED_HEAD_DIM, Kernel, Limits, Tensors
 from attn_rewriter.kernels.blocks import BLOCK, AsNode, block_mask, in_memory, mask_names, perhaps_masks
-from attn_rewriter.kernels.fully_masked import completed, lifted_rows, may_mask, rows_without_keys
+from attn_rewriter.kernels.fully_masked import completed, lifted_rows, lost, may_mask, rows_without_keys
 from attn_rewriter.kernels.masking import element, holds, modified
 from attn_rewriter.spec import (
     AXES,
@@ -148,6 +148,8 @@ class Flex(Kernel):
             sinks = tensors[spec.sinks].squeeze(-1) if isinstance(spec.sinks, str) else spec.sinks
             share = torch.sigmoid(logsumexp * math.log(2) - sinks)  # of the keys in the weight
             output = (output * share.unsqueeze(-1)).to(dtype)
+        if "levels" in made:
+            return lost(output, made["levels"], spec, shapes)
         if made:
             return output
         return completed(output, scored, scale, spec, shapes, tensors)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attn_rewriter.hidden import swallowing_from
+from attn_rewriter.hidden import hidden_from, swallowing_from
 from attn_rewriter.kernels.base import Tensors, number
 from attn_rewriter.kernels.blocks import AsNode, mask_names
 from attn_rewriter.kernels.masking import coordinates, holds, keep
@@ -134,9 +134,12 @@ def lifted_rows(spec: AttentionSpec, shapes: Shapes, tensors: Tensors, biases: b
     Such a row is lifted until its highest number is zero: a softmax does not change by that, and kernels compute with
     numbers that are not as low. Its scores are swallowed by what is added, so that they count as zero there; and so
     are smaller biases beside a fill. Without `biases`, those that can't be masks are left out.
+
+    A row of minus infinities becomes no number, unless the model makes zeros of that, or in training (see `lost`).
     """
     wide = torch.promote_types(shapes.dtype, torch.float32)
     added: Any = tensors["query"].new_zeros((), dtype=wide)
+    shows: Any = tensors["query"].new_ones((), dtype=torch.bool)
     for modifier in spec.modifiers:
         match modifier:
             case Scale(factor):
@@ -147,14 +150,26 @@ def lifted_rows(spec: AttentionSpec, shapes: Shapes, tensors: Tensors, biases: b
                 added = added + tensors[str(name)].to(wide)
             case Mask(fills=(fill,)):
                 added = torch.where(keep(modifier, tensors), added, fill)
+                shows = shows & keep(modifier, tensors)
     highest = added.amax(-1, keepdim=True).detach()
-    rows = highest <= swallowing_from(shapes.dtype)
-    if spec.fully_masked_rows == "zeros":  # minus infinity stays, and gives zeros
+    # What a mask fills is no score any more, however the fill compares with it.
+    rows = highest <= torch.where(
+        shows.any(-1, keepdim=True), swallowing_from(shapes.dtype), hidden_from(shapes.dtype) / 2
+    )
+    if spec.fully_masked_rows == "zeros" or shapes.needs_backward:  # minus infinity stays, and gives zeros
         highest = highest.masked_fill(highest == float("-inf"), 0.0)
     lifted = added - highest
     swallowed = lifted >= highest * torch.finfo(shapes.dtype).eps
     lifted = torch.where(swallowed, lifted - lifted.detach(), lifted)  # whose gradient is left
     return torch.where(rows, lifted, added).to(shapes.dtype), rows
+
+
+def lost(output: Tensor, lifted: Tensor, spec: AttentionSpec, shapes: Shapes) -> Tensor:
+    """A kernel's output with no number in rows of minus infinities, in training: what is no number before a kernel
+    would spoil all gradients of key and value."""
+    if not shapes.needs_backward or spec.fully_masked_rows == "zeros":
+        return output
+    return torch.where((lifted == float("-inf")).all(-1, keepdim=True), float("nan"), output)
 
 
 def may_mask(spec: AttentionSpec) -> bool:

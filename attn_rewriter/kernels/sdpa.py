@@ -17,7 +17,13 @@ from attn_rewriter.context_parallel import ring, scaled_dot_product_attention
 from attn_rewriter.device import Device
 from attn_rewriter.kernels.base import Kernel, Limits, Tensors
 from attn_rewriter.kernels.blocks import AsNode
-from attn_rewriter.kernels.fully_masked import gradient_of_equal_weights, gradient_of_lifted, lifted_rows, may_mask
+from attn_rewriter.kernels.fully_masked import (
+    gradient_of_equal_weights,
+    gradient_of_lifted,
+    lifted_rows,
+    lost,
+    may_mask,
+)
 from attn_rewriter.kernels.masking import keep_mask, scaled_query, sink_scores, summed_bias
 from attn_rewriter.spec import AttentionSpec, Band, Bias, Shapes, same
 
@@ -92,9 +98,10 @@ class SDPA(Kernel):
         is_causal = plain and form.keep.within(shapes.q_len, shapes.kv_len) == Band(None, 0)
         attn_mask: Any = bias
         keep = None if is_causal else keep_mask(form.masks, shapes, tensors)
-        rows: Any = None
+        rows, lifted = None, None
         if spec.fully_masked_rows == "by fill" or may_mask(spec):
-            attn_mask, rows = lifted_rows(spec, shapes, tensors)
+            lifted, rows = lifted_rows(spec, shapes, tensors)
+            attn_mask = lifted
         elif keep is not None:
             if spec.fully_masked_rows in ("mean", "mean, added"):
                 rows = ~keep.any(-1, keepdim=True)
@@ -137,7 +144,9 @@ class SDPA(Kernel):
             output = scaled_dot_product_attention(query, key, value, **options)
         if gradient is not None:
             output = output + gradient
-        if spec.fully_masked_rows == "nan" and keep is not None and not may_mask(spec):
+        if lifted is not None:
+            output = lost(output, lifted, spec, shapes)
+        elif spec.fully_masked_rows == "nan" and keep is not None:
             output = torch.where(keep.any(-1, keepdim=True), output, float("nan"))
         if shapes.needs_backward and self._may_be_cudnn(shapes, device):
             output = _with_one_layout_of_gradients(output, shapes)

@@ -16,6 +16,7 @@ A program is the source text of a module:
 
 from __future__ import annotations
 
+import gc
 import inspect
 import linecache
 import logging
@@ -133,6 +134,7 @@ class Runner:
         lengths = self.names["CALLS"][number]
         if number and draw == 0 and "change" in self.names:
             with torch.no_grad():
+                gc.collect()  # PyTorch exchanges no tensor that what a compilation left behind refers to weakly
                 self.names["change"](self.model)
         given = self.inputs(*lengths, 1000 * number + 100000 * draw)
         dtype = self.names["DTYPE"]
