@@ -82,6 +82,8 @@ permute(input, *dims): torch.permute .permute
 transpose(input, dim0, dim1): torch.transpose torch.swapdims .transpose .swapdims
 transpose(input, dim0:axis0, dim1:axis1): torch.swapaxes .swapaxes
 getattr(input, name): getattr
+mT(input): torch.adjoint .adjoint .mT .mH
+T(input): .numpy_T .matrix_H
 t(input): torch.t .t
 reshape(input, ...): torch.reshape torch.flatten torch.unflatten torch.squeeze torch.unsqueeze .reshape .view .flatten \
 .unflatten .squeeze .unsqueeze .view_as .reshape_as ._unsafe_view
@@ -386,10 +388,11 @@ def call(node: Any) -> Call | None:
         return None
     if node.op == "call_method":
         signature = _METHODS.get(str(node.target))
-    elif node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+    elif node.op == "call_function" and isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         # An operator is called like the function of its name, but for `tensor`, whose overloads each convert to a type.
-        # Someone else's operators may be called anything.
-        name = _name(node) if node.target.namespace == "aten" else ""
+        # Someone else's operators may be called anything. (Dynamo traces `x.mT` as a packet since 2.14.)
+        packet = getattr(node.target, "overloadpacket", node.target)
+        name = packet.__name__ if packet._qualified_op_name.startswith("aten::") else ""
         signature = _FUNCTIONS.get(getattr(torch, name, None)) or _METHODS.get(name)
         if name in ("tensor", "as_tensor"):
             return None
@@ -407,10 +410,11 @@ def _normalise(found: Call, node: Node) -> Call | None:
     """Several spellings share a name but not a form; bring them to one."""
     name, args = found.name, found.args
     ndim = value.ndim if (value := tensor(args.get("input"))) is not None else None
-    if name == "getattr":
-        if args["name"] not in ("T", "mT", "H", "mH") or ndim is None or value is None or value.is_complex():
+    if name in ("getattr", "mT", "T"):
+        attribute = args.get("name", name)
+        if attribute not in ("T", "mT", "H", "mH") or ndim is None or value is None or value.is_complex():
             return None
-        order = range(ndim)[::-1] if args["name"] in ("T", "H") else [*range(ndim - 2), ndim - 1, ndim - 2]
+        order = range(ndim)[::-1] if attribute in ("T", "H") else [*range(ndim - 2), ndim - 1, ndim - 2]
         return Call("permute", {"input": args["input"], "dims": tuple(order)})
     if name in ("transpose", "t") and ndim:
         dim0, dim1 = (args["dim0"] % ndim, args["dim1"] % ndim) if name == "transpose" else (0, ndim - 1)

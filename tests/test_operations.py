@@ -241,6 +241,8 @@ SAMPLES: dict[str, Callable[[torch.dtype], Iterator[Sample]]] = {
         for name in ("T", "mT", "H", "mH")
         for shape in ((3, 4), (3,))
     ),
+    "mT": lambda dtype: iter([{"input": numbers(*shape, dtype=dtype)} for shape in ((3, 4), (2, 3, 4))]),
+    "T": _unary,
     "t": _unary,
     "repeat": _several({"sizes": Several((2, 1))}, {"sizes": Several((2, 1, 3))}),
     "tile": _several({"dims": Several((2, 1))}, {"dims": Several((2,))}),
@@ -543,11 +545,15 @@ SPELLINGS: list[tuple[str, Any, bool, _Signature]] = [
 
 
 def _overloads() -> Iterator[tuple[str, Any, bool, _Signature]]:
-    """The operators that are read by the name of a function or a method."""
+    """The operators that are read by the name of a function or a method, all their overloads together and each."""
     named = {f.__name__: row for f, row in _FUNCTIONS.items() if getattr(torch, f.__name__, None) is f}
     for name, row in {**_METHODS, **named}.items():
         packet = getattr(torch.ops.aten, name, None)
-        for overload in packet.overloads() if isinstance(packet, torch._ops.OpOverloadPacket) else ():
+        if not isinstance(packet, torch._ops.OpOverloadPacket):
+            continue
+        if "tensor" not in name.split("_", 1):
+            yield str(packet), packet, False, row
+        for overload in packet.overloads():
             operator_ = getattr(packet, overload)
             if "tensor" not in name.split("_", 1) and not any(
                 argument.alias_info and argument.kwarg_only for argument in operator_._schema.arguments
@@ -559,6 +565,7 @@ OVERLOADS = [*_overloads()]
 
 NOT_HERE = {
     *(".cuda", ".dropout", "._softmax", "._to_copy", "._unsafe_view", ".scaled_dot_product_attention"),
+    *(".mT", ".mH", ".numpy_T", ".matrix_H", "aten.cuda"),
     *("aten.cuda.default", "aten.mm.dtype", "aten.bmm.dtype", "aten.baddbmm.dtype", "aten.view.dtype"),
     *(
         "aten.to.prim_other",
@@ -609,6 +616,8 @@ def _exists(words: str, target: Any, method: bool) -> bool:
     """Whether a spelling is PyTorch's, of tensors: the table has in-place forms that PyTorch has not."""
     if words in NOT_HERE:
         return False
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return any(_exists(str(each), each, False) for each in (getattr(target, name) for name in target.overloads()))
     if isinstance(target, torch._ops.OpOverload):
         return any(
             "Tensor" in str(argument.type) and "List[" not in str(argument.type)
