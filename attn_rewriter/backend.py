@@ -19,7 +19,7 @@ from attn_rewriter.compilers import WITHOUT_AOT, compiled_again, compiler_of, co
 from attn_rewriter.context_parallel import never_give_up, ring
 from attn_rewriter.device import Device
 from attn_rewriter.device_map import NAME, watch
-from attn_rewriter.errors import RewriteError, is_out_of_memory
+from attn_rewriter.errors import AttnRewriterError, RewriteError, is_out_of_memory
 from attn_rewriter.graph import graph_break
 from attn_rewriter.handed_on import handed_on
 from attn_rewriter.options import Options
@@ -152,8 +152,19 @@ class Backend:
         opinions = Opinions(example_inputs) if self.options.verify and ring() is None and not settings.dry else None
         falls_back = not (settings.strict or self._looks or requested(settings.kernel) or ring())
         # What is tried on fake tensors is nothing that a checkpoint around the compiled function should count.
-        with saved_tensors_hooks(lambda x: x, lambda x: x):
-            report = rewrite(gm, settings, checks, opinions)
+        try:
+            with saved_tensors_hooks(lambda x: x, lambda x: x):
+                report = rewrite(gm, settings, checks, opinions)
+        except AttnRewriterError:
+            raise
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}".partition("\n")[0]
+            if settings.strict or ring():
+                raise RewriteError(f"could not rewrite a graph: {said}") from error
+            log.debug("internal error", exc_info=error)
+            warnings.warn(f"attn_rewriter leaves a graph as it is, after an error: {said}", stacklevel=2)
+            self._reports.append(Report(()))
+            return original.forward if self._looks else compiled_again(copied(original), self._compile)
         self._reports.append(report)
         if self._looks:
             return gm.forward

@@ -391,7 +391,7 @@ def call(node: Any) -> Call | None:
     elif node.op == "call_function" and isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         # An operator is called like the function of its name, but for `tensor`, whose overloads each convert to a type.
         # Someone else's operators may be called anything. (Dynamo traces `x.mT` as a packet since 2.14.)
-        packet = getattr(node.target, "overloadpacket", node.target)
+        packet: Any = getattr(node.target, "overloadpacket", node.target)
         name = packet.__name__ if packet._qualified_op_name.startswith("aten::") else ""
         signature = _FUNCTIONS.get(getattr(torch, name, None)) or _METHODS.get(name)
         if name in ("tensor", "as_tensor"):

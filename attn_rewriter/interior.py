@@ -40,9 +40,13 @@ class Interior:
     def roots(self) -> tuple[Node, ...]:
         """Those of them that are not made of others, as `k * 2` is beside `k`: where gradients end."""
 
+        own = {*self.found.interior}  # of these, dear ones as well: scores may be their own bias
+        own |= {x for node in own for x in node.all_input_nodes}
+
         def is_made_of_others(node: Node) -> bool:
             others = {x for x in self.numeric if x is not node}
-            return not others.isdisjoint(before(self.facts, [node], self.output, (), is_leaf))
+            stops = before(self.facts, [node], self.output, (), lambda x: is_leaf(x) and x not in own)
+            return not others.isdisjoint(stops)
 
         return tuple(node for node in self.numeric if not is_made_of_others(node))
 

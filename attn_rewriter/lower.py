@@ -85,7 +85,8 @@ def _attention(
         is_bool = splice.value(mask).dtype == torch.bool
         scores = scores.masked_fill(~mask, float("-inf")) if is_bool else scores + mask
         weights = torch.softmax(scores, dim=-1)
-        output = (F.dropout(weights, dropout_p) if dropout_p else weights) @ value
+        is_zero = isinstance(dropout_p, (int, float)) and dropout_p == 0  # it may be a node, where numbers are dynamic
+        output = (weights if is_zero else F.dropout(weights, dropout_p)) @ value
     else:
         output = scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import attn_rewriter
-from attn_rewriter import AttentionSpec, Device, choose
+from attn_rewriter import AttentionSpec, Device, choose, pipeline
 from attn_rewriter.errors import is_out_of_memory
 from attn_rewriter.kernels import decode, flash, stepwise
 from attn_rewriter.spec import Scale, Shapes, Softcap
@@ -312,6 +312,23 @@ def test_a_compiler_that_raises_gets_the_graph_as_it_was(buffer: bool) -> None:
         function.mask[:, 5] = True
         assert_the_same(compiled(x), function._call_impl(x))
         assert not torch.allclose(compiled(x), expected)
+
+
+def test_an_error_outside_of_all_sites(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph is compiled as it was; `strict` raises."""
+
+    def lower(facts: Any) -> bool:
+        facts.graph.erase_node(next(iter(facts.graph.find_nodes(op="output"))))
+        raise ERROR
+
+    monkeypatch.setattr(pipeline, "lower", lower)
+    given = drawn()
+    compiled = attn_rewriter.optimize(window, compiler="eager")
+    with pytest.warns(UserWarning, match=f"leaves a graph as it is, after an error: RuntimeError: {ERROR}"):
+        assert torch.equal(compiled(*given), window(*given))
+    assert attn_rewriter.report_of(compiled).n_sites == 0
+    with pytest.raises(Exception, match=f"could not rewrite a graph: RuntimeError: {ERROR}"):
+        attn_rewriter.optimize(window, strict=True)(*given)
 
 
 @pytest.mark.parametrize("options", [{"strict": True}, {"kernel": "sdpa"}], ids=str)

@@ -455,6 +455,21 @@ def test_a_mask_that_is_turned_around_beside_a_sink() -> None:
     assert "scaled by -1 after a mask" in str(report().sites[0].reasons)
 
 
+def test_a_fill_above_minus_infinity() -> None:
+    """Keys that a fill hides less than an added mask does have equal weights where there are no others."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        added = torch.zeros_like(keep, dtype=q.dtype).masked_fill(~keep, INF)
+        drop = torch.ones(24, 24, dtype=torch.bool).triu(1)
+        return (q @ k.mT * 0.3 + added).masked_fill(drop, -1e9).softmax(-1) @ v
+
+    inputs = [x.detach() for x in Program("where").inputs("left_padding", 0, torch.float64)[:4]]
+    fused, report = rewritten(function)
+    found, eager = fused(*inputs), function(*inputs)
+    assert report().n_fused == 1
+    torch.testing.assert_close(found, eager, equal_nan=True)
+
+
 def test_a_fill_beside_a_bias_that_may_be_a_mask() -> None:
     """In float64 -1e9 swallows no score: in a row that both hide, some keys would show theirs."""
 

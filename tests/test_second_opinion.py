@@ -369,8 +369,13 @@ def bias_of_the_query(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT + q[..., :1]).softmax(-1) @ v
 
 
+def bias_of_the_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = q @ k.mT
+    return (s + s).softmax(-1) @ v
+
+
 @pytest.mark.parametrize("verify", ["auto", True])
-@pytest.mark.parametrize("function", [value_of_the_key, value_of_the_query, bias_of_the_query])
+@pytest.mark.parametrize("function", [value_of_the_key, value_of_the_query, bias_of_the_query, bias_of_the_scores])
 def test_operands_that_are_made_of_others(function: Callable[..., Tensor], verify: Any) -> None:
     """Their gradients are added up once, in the model as in the spec."""
     torch._dynamo.reset()

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attn_rewriter.hidden import hidden_from, swallowing_from
+from attn_rewriter.hidden import FADED, hidden_from, swallowing_from
 from attn_rewriter.kernels.base import Tensors, number
 from attn_rewriter.kernels.blocks import AsNode, mask_names
 from attn_rewriter.kernels.masking import coordinates, holds, keep
@@ -153,9 +153,8 @@ def lifted_rows(spec: AttentionSpec, shapes: Shapes, tensors: Tensors, biases: b
                 shows = shows & keep(modifier, tensors)
     highest = added.amax(-1, keepdim=True).detach()
     # What a mask fills is no score any more, however the fill compares with it.
-    rows = highest <= torch.where(
-        shows.any(-1, keepdim=True), swallowing_from(shapes.dtype), hidden_from(shapes.dtype) / 2
-    )
+    shows = (shows & (added >= highest + FADED)).any(-1, keepdim=True)
+    rows = highest <= torch.where(shows, swallowing_from(shapes.dtype), hidden_from(shapes.dtype) / 2)
     if spec.fully_masked_rows == "zeros" or shapes.needs_backward:  # minus infinity stays, and gives zeros
         highest = highest.masked_fill(highest == float("-inf"), 0.0)
     lifted = added - highest
