@@ -14,6 +14,8 @@ from attn_rewriter.report import Report
 from attn_rewriter.sites import SiteReport
 from attn_rewriter.spec import AttentionSpec
 
+__version__ = "0.2.0"
+
 __all__ = [
     "AttentionSpec",
     "AttnRewriterError",
@@ -26,6 +28,7 @@ __all__ = [
     "Report",
     "RewriteError",
     "SiteReport",
+    "__version__",
     "explain",
     "optimize",
     "patch",

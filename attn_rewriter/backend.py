@@ -23,6 +23,7 @@ from attn_rewriter.errors import AttnRewriterError, RewriteError, is_out_of_memo
 from attn_rewriter.graph import graph_break
 from attn_rewriter.handed_on import handed_on
 from attn_rewriter.options import Options
+from attn_rewriter.packages import warn_if_untested
 from attn_rewriter.pipeline import Checks, Settings, rewrite
 from attn_rewriter.report import Report
 from attn_rewriter.second_opinion import Opinions
@@ -57,6 +58,7 @@ class Backend:
     ) -> None:
         self.options = options or Options()
         inductor = self.options.compiler == "inductor"
+        warn_if_untested()
         autotune = self.options.autotune or (self.options.mode or "").startswith("max-autotune")
         keep_weights = self.options.keep_weights
         self.settings = Settings(

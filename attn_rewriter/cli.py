@@ -17,7 +17,8 @@ from rich.table import Table
 from attn_rewriter.choose import Choice, choose, order
 from attn_rewriter.device import Device
 from attn_rewriter.kernels import KERNELS
-from attn_rewriter.packages import version
+from attn_rewriter.kernels.flash import Flash
+from attn_rewriter.packages import TESTED, untested, version
 from attn_rewriter.patching import patch
 from attn_rewriter.progress import working
 from attn_rewriter.spec import AttentionSpec, Band, Bias, Mask, Scale, Shapes, Softcap, TensorMask
@@ -116,6 +117,7 @@ def doctor(device: str | None = None) -> int:
     here = Device.parse(device) if device else Device.current()
     about: dict[str, Any] = {"device": str(here), "python": sys.version.split()[0]}
     about |= {name: version(name) or "not installed" for name in _PACKAGES}
+    about["torch, tested"] = " to ".join(TESTED)
     if torch.backends.cudnn.is_available():
         about["cudnn"] = torch.backends.cudnn.version()
     registered = "attn_rewriter" in torch._dynamo.list_backends(exclude_tags=())
@@ -132,7 +134,25 @@ def doctor(device: str | None = None) -> int:
         chosen = choice.kernel.name if isinstance(choice, Choice) else "eager"
         choices.add_row(name, str(shapes), chosen, "\n".join(_others(chosen, spec, shapes, here)))
     console.print(choices)
+    for extra, situations in _gains(here).items():
+        pre = "--pre " if extra == "flash4" else ""
+        console.print(f"pip install {pre}'attn-rewriter\\[{extra}]' would be faster for: {'; '.join(situations)}")
+    if said := untested():
+        console.print(said)
     return 0
+
+
+def _gains(device: Device) -> dict[str, list[str]]:
+    """Extras that are not installed, and the situations in which a kernel of theirs would be taken."""
+    gains: dict[str, list[str]] = {}
+    for name, spec, shapes in _SITUATIONS:
+        for kernel in map(KERNELS.__getitem__, order(spec, shapes, device)):
+            reasons = kernel.refusals(spec, shapes, device)
+            if isinstance(kernel, Flash) and kernel.extra and reasons == [f"{kernel.distribution} is not installed"]:
+                gains.setdefault(kernel.extra, []).append(name)
+            if not reasons or isinstance(kernel, Flash):
+                break
+    return gains
 
 
 def _others(chosen: str, spec: AttentionSpec, shapes: Shapes, device: Device) -> list[str]:

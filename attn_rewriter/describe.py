@@ -109,6 +109,8 @@ def describe(site: Site, facts: Facts) -> Description | Refusal:
     try:
         if facts.is_transformed(site.output):
             refuse("describe", "the attention is inside a transform of torch.func", site.output)
+        if facts.is_in_inference_mode(site.output):
+            refuse("describe", "the graph enters inference mode around the attention", site.output)
         reading = _Reading(site, facts)
         return reading.sdpa() if site.kind == "sdpa" else reading.softmax()
     except Refused as refused:
@@ -454,8 +456,11 @@ class _Reading:
             masks = [(step.modifier, step.dtype) for step in done if isinstance(step.modifier, Mask)]
             if may_mask and not all(swallows(fill, dtype) for mask, dtype in masks for fill in mask.fills):
                 raise NotHidden("a mask's fill does not swallow scores, beside a bias that may be a mask, too")
+            trained = tensor(self.site.output).requires_grad  # type: ignore[union-attr]
+            filled = any(mask.form != "additive" and max(mask.fills) > -math.inf for mask, _ in masks)
+            if may_mask and trained and filled:
+                raise NotHidden("in training, a mask fills scores beside a bias that may be a mask, too")
             if self.kept and not self._every_row_sees_a_key(layout):
-                trained = tensor(self.site.output).requires_grad  # type: ignore[union-attr]
                 return fully_masked_rows(done, zeroing, self._learned() if trained else None, stable)
             return "zeros" if may_mask and zeroing == "nan" else "impossible"
         except NotHidden as shown:

@@ -709,6 +709,11 @@ class Facts:
         names = map(_name, self.region(node).contexts)
         return any(name.endswith("_nesting") or name == "_enter_dual_level" for name in names)
 
+    def is_in_inference_mode(self, node: Node) -> bool:
+        """Whether a node runs in inference mode that the graph itself enters. AOTAutograd raises there for a view of
+        what was made outside, and leaves PyTorch's dispatcher in a state in which later backward passes fail (2.13)."""
+        return any(_name(context) == "_enter_inference_mode" for context in self.region(node).contexts)
+
     def current(self, node: Node, at: Node) -> Node:
         """The node that holds, just before `at` runs, the contents of the tensor that `node` returned.
 

@@ -166,7 +166,10 @@ def fully_masked_rows(
         raise NotHidden("a row that sees no key is shifted between a mask and another one, or a bias")
     if len(values) > 1:
         return "by fill"
-    added = any(isinstance(step.modifier, Mask) and step.modifier.form == "additive" for step in steps)
+    forms = {step.modifier.form == "additive" for step in steps if isinstance(step.modifier, Mask)}
+    if learned is not None and len(forms) > 1:
+        raise NotHidden("in training, some keys of a row that sees none are filled, and to others a mask is added")
+    added = True in forms
     after = steps[next(i for i, step in enumerate(steps) if isinstance(step.modifier, Mask)) + 1 :]
     if learned is not None and added and any(isinstance(step.modifier, Clamp) for step in after):
         # At its bound, `clamp` passes the gradient on, and `maximum` a half of it.

@@ -23,6 +23,7 @@ NAME = "multi_head_attention_forward"
 def lower(facts: Facts) -> bool:
     """Open every call that nothing stands against; whether there was one."""
     calls = [(node, call) for node in facts.graph.nodes if (call := facts.call(node)) and call.name == NAME]
+    calls = [(node, call) for node, call in calls if not facts.is_in_inference_mode(node)]
     opened = [node for node, call in calls if obstacle(node, call) is None and _open(node, call, facts)]
     return bool(opened)
 

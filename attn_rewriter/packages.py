@@ -7,12 +7,37 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
+import warnings
 from collections.abc import Callable
+from functools import cache
 from importlib import metadata
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from attn_rewriter.progress import working
+
+TESTED = ("2.11", "2.13")
+"""The oldest and the newest PyTorch for which the tests were run (on the oldest, those of kernels on a GPU)."""
+
+
+def untested() -> str | None:
+    """That PyTorch is newer than any that was tested, in words; None where it is not."""
+    here, newest = (tuple(map(int, str(text).split(".")[:2])) for text in (torch.__version__, TESTED[1]))
+    if here <= newest:
+        return None
+    return (
+        f"attn_rewriter was tested with PyTorch {TESTED[0]} to {TESTED[1]}, and this is {torch.__version__}: "
+        "`verify=True` compares each site with the model's own code"
+    )
+
+
+@cache
+def warn_if_untested() -> None:
+    """Say so once."""
+    if said := untested():
+        warnings.warn(said, stacklevel=2)
 
 
 def version(distribution: str) -> str | None:

@@ -552,6 +552,31 @@ def test_rows_whose_gradients_are_not_known() -> None:
         fully_masked_rows(clamped, "nothing", {"bias"})
 
 
+def added_and_filled(s: Tensor, keep: Tensor, bias: Tensor) -> Tensor:
+    added = torch.zeros_like(keep, dtype=s.dtype).masked_fill(~keep, lowest(s) / 2)
+    return (s + added).masked_fill(torch.ones_like(s[0, 0], dtype=torch.bool).triu(1), lowest(s) / 2)
+
+
+def filled_beside_a_bias(s: Tensor, keep: Tensor, bias: Tensor) -> Tensor:
+    return s.masked_fill(~keep, lowest(s)) + bias
+
+
+@pytest.mark.parametrize("score", [added_and_filled, filled_beside_a_bias])
+def test_gradients_of_rows_that_are_filled_in_part(score: Callable[..., Tensor]) -> None:
+    """Keys that are filled pass no gradient on, others do: no kernel tells them apart in training."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, bias: Tensor) -> Tensor:
+        return score(q @ k.mT * 0.3, keep, bias).softmax(-1) @ v
+
+    inputs = Program("where", "given").inputs("left_padding", 0, torch.float64)
+    fused, report = rewritten(function)
+    assert_the_same(with_gradients(fused, inputs), with_gradients(function, inputs))
+    assert "in training" in str(report().sites[0].reasons)
+    fused, report = rewritten(function)
+    assert_the_same(_inference(fused, inputs), _inference(function, inputs))
+    assert report().n_fused == 1
+
+
 @pytest.mark.parametrize(
     ("steps", "zeroing", "reason"),
     [

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._higher_order_ops import associative_scan, map, scan, while_loop
 from torch._higher_order_ops.base_hop import BaseHOP
@@ -377,3 +379,21 @@ def test_the_table_names_operators() -> None:
     import torch._functorch.autograd_function as functions
 
     assert HIGHER_ORDER.keys() <= known | {functions.autograd_function_apply.__name__}
+
+
+def test_inference_mode_that_a_graph_enters() -> None:
+    """AOTAutograd raises for a view of an input there, which plain code may not have: the attention stays as it is."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        before = (q @ k.mT).softmax(-1) @ v
+        with torch.inference_mode():
+            return before, F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    inputs = [torch.randn(2, 3, n, 8, dtype=torch.float64) for n in (5, 9, 9)]
+    fused, report = rewritten(function, compiler="aot_eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        found = fused(*inputs)
+    assert_the_same(found, function(*inputs))
+    assert [site.kernel for site in report().sites] == ["sdpa", None]
+    assert "enters inference mode" in str(report().sites[1].reasons)

@@ -44,6 +44,7 @@ class FA2(Flash):
 
     name = "fa2"
     distribution = "flash-attn"
+    extra = "flash"
     module = "flash_attn.flash_attn_interface"
     at_least = "2.7"  # its functions have had these arguments since; 2.0 aligned causal with the first query and key
     has_dropout = True

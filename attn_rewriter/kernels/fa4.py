@@ -34,6 +34,7 @@ class FA4(Flash):
 
     name = "fa4"
     distribution = "flash-attn-4"
+    extra = "flash4"
     module = "flash_attn.cute.interface"
     at_least = "4.0.0b36"  # its functions are not public, and change from one to the next
 

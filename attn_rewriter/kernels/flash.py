@@ -144,6 +144,7 @@ class Flash(Kernel):
     """A version of flash-attention. What it can compute is a `FlashForm`; `forward` and `backward` call its package."""
 
     distribution: ClassVar[str]
+    extra: ClassVar[str | None] = None  # of this package, that installs it
     module: ClassVar[str]
     at_least: ClassVar[str]
     has_dropout: ClassVar[bool] = False

@@ -56,6 +56,20 @@ FEW = 1e-3
 """Of tensors whose elements are all smaller, rounding errors of larger ones may be left."""
 
 
+class Invalid(Exception):
+    """A program that can't be run in another way by which it is judged: in float64, or with its weights shown."""
+
+
+@contextmanager
+def _run_in_another_way() -> Iterator[None]:
+    try:
+        yield
+    except TimeoutError:
+        raise
+    except Exception as error:
+        raise Invalid(_said(error)) from error
+
+
 @dataclass
 class Verdict:
     """What came of a program. `kind` is one of: right, fell back (its compiler raised for a rewritten graph, and got
@@ -170,6 +184,8 @@ def check(source: str, options: dict[str, Any] | None = None) -> Verdict:
             return _checked(source, options or {})
     except TimeoutError:
         return Verdict("raised", f"it took more than {SECONDS} seconds")
+    except Invalid as error:
+        return Verdict("invalid", str(error))
     except Exception as error:
         return Verdict("raised", f"in the tester itself: {_said(error)}")
     finally:
@@ -356,9 +372,11 @@ def _within_the_contract(
                 return {k: x.to(narrow).double() if x.is_floating_point() else x for k, x in given.items()}
 
             truth = Runner(truth_names, source_of_inputs={"inputs": rounded})
-            for earlier in range(number):
-                truth.call(earlier)
-            drawn.append((_floats(a), _floats(b), _floats(truth.call(number, draw))))
+            with _run_in_another_way():
+                for earlier in range(number):
+                    truth.call(earlier)
+                exactly = truth.call(number, draw)
+            drawn.append((_floats(a), _floats(b), _floats(exactly)))
         said = _beyond([joined(results) for results in zip(*drawn)])
         if not said:
             return ""
@@ -447,7 +465,7 @@ def _dropped(source: str, number: int, found: Seen) -> str:
     runner = Runner(names)
     for earlier in range(number):
         runner.call(earlier)
-    with Kept() as whole:
+    with Kept() as whole, _run_in_another_way():
         every = Runner(names).call(number)
     sites = len(whole.ps)
     kept = [x != 0 for x in found.outputs[len(found.outputs) - sites :]]
