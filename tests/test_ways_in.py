@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, CompileConfig, LlamaConfig, StaticCache
 
 import attn_rewriter
-from attn_rewriter import Backend, Device, Options, RewriteError
+from attn_rewriter import Backend, Device, Options, RewriteError, packages
 from attn_rewriter.kernels import KERNELS, Kernel
 from tests.accuracy import assert_as_accurate, assert_the_same
 
@@ -449,6 +449,32 @@ def test_doctor(device: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert torch.__version__.partition("+")[0] in said and "sdpa" in said
     assert device == [] or device[1] in said
+
+
+def test_doctor_says_what_would_be_faster(capsys: pytest.CaptureFixture[str]) -> None:
+    from attn_rewriter.cli import main
+    from attn_rewriter.packages import version
+
+    for device, extra, package in (("sm_90", "flash4", "flash-attn-4"), ("sm_80", "flash", "flash-attn")):
+        assert main(["doctor", "--device", device]) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert (f"'attn-rewriter[{extra}]' would be faster for: " in said) == (version(package) is None)
+    assert main(["doctor", "--device", "cpu"]) == 0
+    assert "would be faster" not in capsys.readouterr().out
+
+
+def test_an_untested_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It works, with one warning."""
+    for installed, is_tested in (("2.13.1", True), ("2.11.0+cu130", True), ("2.99.0a0+git1", False), ("3.0", False)):
+        packages.warn_if_untested.cache_clear()
+        monkeypatch.setattr(torch, "__version__", installed)
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                Backend(Options(compiler="eager"))
+        assert len(warned) == (not is_tested)
+        assert is_tested or f"to {packages.TESTED[1]}, and this is {installed}" in str(warned[0].message)
+    packages.warn_if_untested.cache_clear()
 
 
 # -- bad input ------------------------------------------------------------------------------------------------------
