@@ -40,13 +40,16 @@ class Interior:
     def roots(self) -> tuple[Node, ...]:
         """Those of them that are not made of others, as `k * 2` is beside `k`: where gradients end."""
 
-        own = {*self.found.interior}  # of these, dear ones as well: scores may be their own bias
-        own |= {x for node in own for x in node.all_input_nodes}
+        products = {self.found.operands[name].node for name in ("query", "key")}
 
         def is_made_of_others(node: Node) -> bool:
             others = {x for x in self.numeric if x is not node}
-            stops = before(self.facts, [node], self.output, (), lambda x: is_leaf(x) and x not in own)
-            return not others.isdisjoint(stops)
+            if not others.isdisjoint(before(self.facts, [node], self.output, (), is_leaf)):
+                return True
+            # Scores may be their own bias.
+            return node not in products and products <= {
+                *before(self.facts, [node], self.output, (), lambda x: is_leaf(x) and x is not node)
+            }
 
         return tuple(node for node in self.numeric if not is_made_of_others(node))
 

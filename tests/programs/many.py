@@ -5,18 +5,19 @@ from __future__ import annotations
 import multiprocessing
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from tests.programs.grammar import program
-from tests.programs.run import Verdict, check
+from tests.programs.run import Verdict, check, is_in_disorder
 from tests.programs.shrink import shrink
 
 CHUNK = 100
-"""A process runs so many programs: what a compiled one leaves behind in memory is given back."""
+"""A process runs at most so many programs: what a compiled one leaves behind in memory is given back."""
 
 RETRIES = 20
 KINDS = ("right", "fell back", "wrong", "raised", "doubted", "not ours", "invalid")
@@ -57,20 +58,40 @@ def run(
     small: float = 60.0,
     at_most: int | None = None,
 ) -> Tally:
-    """Programs of a seed, by their numbers. One that PyTorch can't run is drawn again.
+    """Programs of a seed, by their numbers, in a process of their own, or in several: some leave theirs in disorder.
+    One that PyTorch can't run is drawn again.
 
     A failing one is made small for `small` seconds; but not more than `at_most` of them."""
+    tally, at = Tally(), (first, 0)
+    while at[0] < first + count:
+        part, at = _elsewhere(_run_here, seed, at, first + count, options, plain)
+        tally.add(part)
+    for failure in tally.failures[:at_most] if small else ():
+        failure["smallest"] = _elsewhere(_shrink_here, failure, options, plain, small)
+    return tally
+
+
+def _elsewhere(function: Callable[..., Any], *args: Any) -> Any:
+    """What a function returns in a new process."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *args).result()
+
+
+def _run_here(
+    seed: str, start: tuple[int, int], end: int, options: dict[str, Any] | None, plain: Collection[str]
+) -> tuple[Tally, tuple[int, int]]:
+    """Programs from a number and an attempt on, up to the end or while all is in order; and where to go on."""
     torch.set_num_threads(1)
-    tally = Tally()
-    failed: list[tuple[Verdict, dict[str, str]]] = []
-    for number in range(first, first + count):
-        for attempt in range(RETRIES):
-            name = f"{seed}/{number}" + (f"/{attempt}" if attempt else "")
-            source, choices = program(name, plain)
-            verdict = check(source, options)
-            tally.kinds[verdict.kind] += 1
-            if verdict.kind not in ("invalid", "not ours"):
-                break
+    tally, (number, attempt) = Tally(), start
+    while number < end and not is_in_disorder():
+        name = f"{seed}/{number}" + (f"/{attempt}" if attempt else "")
+        source, choices = program(name, plain)
+        verdict = check(source, options)
+        tally.kinds[verdict.kind] += 1
+        if verdict.kind in ("invalid", "not ours") and attempt + 1 < RETRIES:
+            attempt += 1
+            continue
+        number, attempt = number + 1, 0
         tally.programs += 1
         tally.sites += verdict.sites
         tally.fused += verdict.fused
@@ -80,12 +101,16 @@ def run(
         if verdict.sites and verdict.fused == verdict.sites:
             tally.fully.update(choices.features)
         if verdict.kind in ("wrong", "raised", "doubted"):
-            failed.append((verdict, {"program": name, "kind": verdict.kind, "said": verdict.said, "source": source}))
-    tally.failures = [failure for _, failure in failed]
-    for verdict, failure in failed[:at_most] if small else ():  # last: among what is tried is what PyTorch chokes on
-        name = failure["program"]
-        failure["smallest"] = shrink(name, verdict, lambda text: check(text, options), small, plain)
-    return tally
+            tally.failures.append({"program": name, "kind": verdict.kind, "said": verdict.said, "source": source})
+    return tally, (number, attempt)
+
+
+def _shrink_here(
+    failure: dict[str, str], options: dict[str, Any] | None, plain: Collection[str], seconds: float
+) -> str:
+    torch.set_num_threads(1)
+    verdict = Verdict(failure["kind"], failure["said"])
+    return shrink(failure["program"], verdict, lambda text: check(text, options), seconds, plain)
 
 
 def sweep(
@@ -124,8 +149,6 @@ def tallies(
         for first in range(0, each, CHUNK)
         for seed in seeds
     ]
-    if jobs == 1 and len(work) == 1:
-        yield _job(work[0])
-        return
-    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=1) as pool:
-        yield from pool.imap_unordered(_job, work)
+    with ThreadPoolExecutor(jobs) as threads:  # each waits for a process
+        for done in as_completed([threads.submit(_job, each) for each in work]):
+            yield done.result()
