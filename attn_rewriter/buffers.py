@@ -52,16 +52,19 @@ means to wait for its device."""
 @dataclass(frozen=True)
 class Contents:
     """`inside` where `lower <= column - row <= upper` (None leaves a side open), `outside` elsewhere; or, `scattered`,
-    one of the two, anywhere."""
+    one of the two, anywhere; or numbers of which no more is known than how large they are, `within`."""
 
     inside: Any
     outside: Any = None
     lower: int | None = None
     upper: int | None = None
     scattered: bool = False
+    within: float | None = None
 
     def held_by(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor holds this."""
+        if self.within is not None:
+            return bool((tensor.detach().abs() <= self.within).all())
         if not self.scattered:
             return contents(tensor) == self
         with torch.no_grad():
@@ -177,6 +180,13 @@ class Memory:
         return said if known == state else None
 
 
+def _magnitude(tensor: torch.Tensor) -> Contents | None:
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return None
+    largest = tensor.detach().abs().max().item()
+    return Contents(None, within=2.0 ** math.ceil(math.log2(max(largest, 1.0)))) if math.isfinite(largest) else None
+
+
 class Buffer:
     """One buffer among the inputs of a graph. `read` says what it holds, and from then on `holds` must be asked."""
 
@@ -186,17 +196,30 @@ class Buffer:
         self._contents: Contents | None = None
         self._seen = Memory()
         self._retries = _RETRIES
+        self._is_looked_at = False
         self.is_read = False
 
     def read(self) -> Contents | None:
-        if self._tensor is not None:
-            state = State.of(self._tensor)
-            if state is not None:
-                self._contents = contents(self._tensor, self._weakly)
-                self._seen.keep(self._tensor, state, self._contents)
-            self._tensor = None
+        if not self._is_looked_at and self._tensor is not None:
+            self._is_looked_at = True
+            self._keep(lambda tensor: contents(tensor, self._weakly))
         self.is_read = self._contents is not None
-        return self._contents
+        return self._contents if self._contents is None or self._contents.within is None else None
+
+    def largest(self) -> float:
+        """A power of two that no number in it exceeds, where no more is known of it; infinity if there is none."""
+        if self.read() is None and self._contents is None and self._tensor is not None:
+            self._keep(_magnitude)
+        self.is_read = self._contents is not None
+        known = self._contents.within if self._contents is not None else None
+        return math.inf if known is None else known
+
+    def _keep(self, look: Callable[[torch.Tensor], Contents | None]) -> None:
+        assert self._tensor is not None
+        state = State.of(self._tensor)
+        if state is not None:
+            self._contents = look(self._tensor)
+            self._seen.keep(self._tensor, state, self._contents)
 
     def close(self) -> None:
         """Nobody will read it any more."""

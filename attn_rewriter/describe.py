@@ -16,6 +16,7 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from attn_rewriter.buffers import Buffer, buffer_of
 from attn_rewriter.context_parallel import ring
 from attn_rewriter.errors import Refusal, Refused, refuse
 from attn_rewriter.find import Site
@@ -32,9 +33,9 @@ from attn_rewriter.graph import (
     shape,
     tensor,
 )
-from attn_rewriter.hidden import Done, NotHidden, Zeroing, fully_masked_rows, is_masking, levels, swallows
+from attn_rewriter.hidden import Done, NotHidden, Zeroing, fully_masked_rows, hidden_from, is_masking, levels, swallows
 from attn_rewriter.patterns.axes import Atom, Dim, Dims, backward, extent, fresh, leaves
-from attn_rewriter.patterns.masks import MaskReader, axes
+from attn_rewriter.patterns.masks import LONGEST, MaskReader, axes
 from attn_rewriter.patterns.match import Matcher
 from attn_rewriter.patterns.operands import Factor, Operand, Product, State, available, product, trace
 from attn_rewriter.patterns.rule import Column, Dropout, Fill, Rules, Shift, Zeroed
@@ -614,9 +615,11 @@ class _Reading:
 
     def _may_mask(self, bias: State) -> bool:
         """Whether a bias that can't be read may hide all keys of a row: one that no parameter had a part in, unless it
-        varies over keys and at most heads, as ALiBi's slopes do."""
-        varies = set(axes(bias.dims))
-        if "key" in varies and varies <= {"head", "key"}:
+        varies over heads and keys, as ALiBi's slopes do, or is known to be small."""
+        if set(axes(bias.dims)) == {"head", "key"}:
+            return False
+        held = tensor(bias.node)
+        if held is not None and self._largest(bias.node) < -hidden_from(held.dtype) / 2:
             return False
         seen, stack = set[Node](), [bias.node]
         while stack:
@@ -627,6 +630,29 @@ class _Reading:
             seen.add(node)
             stack += [x for x in node.all_input_nodes if x not in seen]
         return True
+
+    def _largest(self, value: Any) -> float:
+        """What no number in a value exceeds: in a buffer, in positions, or in what plain arithmetic makes of these,
+        such as ALiBi's distances times slopes."""
+        if isinstance(value, (int, float)):
+            return abs(value)
+        if not isinstance(value, Node) or not self.facts.unchanged(value, self.site.output):
+            return math.inf
+        if tensor(value) is None:  # a size
+            return LONGEST
+        if isinstance(buffer := buffer_of(value), Buffer):
+            return buffer.largest()
+        call = self.facts.call(value)
+        if call is None or (call.name == "pad" and call["value"]):
+            return math.inf
+        if call.name in _PASSING:
+            return self._largest(call["input"])
+        if call.name == "arange":
+            return max(self._largest(call["start"]), self._largest(call["end"]))
+        if call.name in ("add", "sub", "mul"):
+            a, b = self._largest(call["input"]), self._largest(call["other"])
+            return a * b if call.name == "mul" else a + b * abs(call.args.get("alpha", 1))
+        return math.inf
 
     def _check_shift(self, step: Shift, dims: Dims) -> None:
         """What is taken off the scores must be the same for all keys of a row."""
@@ -704,6 +730,10 @@ def _without_idle_masks(modifiers: list[Modifier]) -> list[Modifier]:
     bends = [i for i, m in enumerate(modifiers) if isinstance(m, (Softcap, Clamp, ScaleBy))]
     last = max(bends, default=-1)
     return [replace(m, may_mask=False) if isinstance(m, Bias) and i < last else m for i, m in enumerate(modifiers)]
+
+
+_PASSING = {"neg", "abs", "getitem", "reshape", "permute", "expand", "cast", "move", "copy", "detach", "pad"}
+"""Operations that make no number larger."""
 
 
 def _may_hide(modifier: Modifier | None) -> bool:

@@ -439,7 +439,7 @@ _POSITIONS = {
 }
 """The types that hold positions, and between which: beyond, integers wrap around, and others are rounded."""
 
-_LONGEST = 2**20
+LONGEST = 2**20
 """Lengths that only the run knows are taken to be no longer than this, where a type has to hold positions."""
 
 _NUMBERS = (torch.bool, *_POSITIONS)
@@ -490,7 +490,7 @@ def _number(value: Any, dtype: torch.dtype, literal: bool) -> Any:
 
 def _lies_within(index: Index, low: int, high: int) -> bool:
     """Whether positions are representable, at the shortest lengths and at the longest."""
-    for length in (1, _LONGEST):
+    for length in (1, LONGEST):
         bounds = _at_length(index, length).bounds(lambda atom, length=length: _number_at(atom.size, length))  # type: ignore[misc]
         if bounds is None or not (low <= bounds[0] and bounds[1] <= high):
             return False

@@ -21,7 +21,7 @@ import attn_rewriter
 from attn_rewriter.buffers import Memory, State, contents
 from tests.accuracy import assert_as_accurate, assert_the_same
 from tests.models import NothingNarrowed
-from tests.running import run_as_is
+from tests.running import run_as_is, with_gradients
 
 SCALE, N = "scale 0.3536", 16
 
@@ -529,6 +529,31 @@ def test_inductor() -> None:
     assert_right(model, model)
     model.bias.fill_(1.0)
     assert_right(model, model)
+
+
+def test_a_table_of_small_numbers_is_no_mask() -> None:
+    """Beside a mask that fills, which in training is no kernel's where both may be masks; until it holds a low number."""
+
+    class Alibi(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            distances = torch.arange(N)[:, None] - torch.arange(N)
+            slopes = torch.tensor([0.5, 0.25], dtype=torch.float64)
+            self.register_buffer("table", -distances.abs() * slopes[:, None, None])
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            drop = torch.ones(N, N, dtype=torch.bool).triu(1)
+            return ((q @ k.mT * 0.3 + self.table).masked_fill(drop, -1e30)).softmax(-1) @ v
+
+    model = Alibi()
+    inputs = [torch.randn(2, 2, N, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    compiled = attn_rewriter.optimize(copy.deepcopy(model), compiler="eager", strict=True)
+    assert_the_same(with_gradients(compiled, inputs), with_gradients(model, inputs))
+    assert attn_rewriter.report_of(compiled).n_fused == 1
+    for changed in (model, compiled):
+        changed.table[:, 1:, :5] = -1e30
+    assert_the_same(with_gradients(compiled, inputs), with_gradients(model, inputs))
+    assert "in training" in str(attn_rewriter.report_of(compiled).sites[-1].reasons)
 
 
 @pytest.mark.parametrize(

@@ -1316,7 +1316,7 @@ def test_what_a_kernel_keeps_is_written(kind: str, kernel: str, compiler: str) -
 KEPT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "a bias": lambda scores, held: scores + held,
     "a bias for every head": lambda scores, held: scores + held.expand(2, 4, 6, 6),
-    "a mask": lambda scores, held: scores.masked_fill(held > 0, -1e9) + held,
+    "a mask": lambda scores, held: scores.masked_fill(held > 0, float("-inf")) + held,
     "a boolean mask": lambda scores, held: scores.masked_fill(~held, -1e9),
 }
 
