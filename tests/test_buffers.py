@@ -532,7 +532,7 @@ def test_inductor() -> None:
 
 
 def test_a_table_of_small_numbers_is_no_mask() -> None:
-    """Beside a mask that fills, which in training is no kernel's where both may be masks; until it holds a low number."""
+    """Beside a mask that fills, which in training no kernel takes where both may be masks; until it holds a low one."""
 
     class Alibi(nn.Module):
         def __init__(self) -> None:
