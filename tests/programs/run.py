@@ -192,12 +192,6 @@ def check(source: str, options: dict[str, Any] | None = None) -> Verdict:
         unload()
 
 
-def is_in_disorder() -> bool:
-    """Whether PyTorch has left this process so that all that follows fails, as where AOTAutograd raises within
-    inference mode (2.13)."""
-    return torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PythonDispatcher)
-
-
 def _checked(source: str, options: dict[str, Any]) -> Verdict:
     try:
         names = load(source)
