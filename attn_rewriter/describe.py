@@ -638,11 +638,15 @@ class _Reading:
             return abs(value)
         if not isinstance(value, Node) or not self.facts.unchanged(value, self.site.output):
             return math.inf
-        if tensor(value) is None:  # a size
+        if (held := tensor(value)) is None:  # a size
             return LONGEST
-        if isinstance(buffer := buffer_of(value), Buffer):
-            return buffer.largest()
-        call = self.facts.call(value)
+        if not held.is_floating_point() and held.dtype not in (torch.int32, torch.int64):  # which wraps around
+            return math.inf
+        found = buffer.largest() if isinstance(buffer := buffer_of(value), Buffer) else self._largest_of(value)
+        return found if not held.is_floating_point() or found <= torch.finfo(held.dtype).max else math.inf
+
+    def _largest_of(self, node: Node) -> float:
+        call = self.facts.call(node)
         if call is None or (call.name == "pad" and call["value"]):
             return math.inf
         if call.name in _PASSING:
@@ -651,7 +655,7 @@ class _Reading:
             return max(self._largest(call["start"]), self._largest(call["end"]))
         if call.name in ("add", "sub", "mul"):
             a, b = self._largest(call["input"]), self._largest(call["other"])
-            return a * b if call.name == "mul" else a + b * abs(call.args.get("alpha", 1))
+            return a * b if call.name == "mul" else a + b * self._largest(call.args.get("alpha", 1))
         return math.inf
 
     def _check_shift(self, step: Shift, dims: Dims) -> None:
