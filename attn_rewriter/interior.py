@@ -41,15 +41,16 @@ class Interior:
         """Those of them that are not made of others, as `k * 2` is beside `k`: where gradients end."""
 
         products = {self.found.operands[name].node for name in ("query", "key")}
+        interior = self.found.interior
+        scores = {*interior, *(x for node in interior for x in node.all_input_nodes)} - products
 
         def is_made_of_others(node: Node) -> bool:
             others = {x for x in self.numeric if x is not node}
             if not others.isdisjoint(before(self.facts, [node], self.output, (), is_leaf)):
                 return True
             # Scores may be their own bias.
-            return node not in products and products <= {
-                *before(self.facts, [node], self.output, (), lambda x: is_leaf(x) and x is not node)
-            }
+            found = before(self.facts, [node], self.output, (), lambda x: is_leaf(x) and x not in scores)
+            return node not in products and products <= {*found}
 
         return tuple(node for node in self.numeric if not is_made_of_others(node))
 

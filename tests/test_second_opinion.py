@@ -370,7 +370,7 @@ def bias_of_the_query(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def bias_of_the_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    s = q @ k.mT
+    s = q @ k.mT * 0.5
     return (s + s).softmax(-1) @ v
 
 
