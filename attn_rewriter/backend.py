@@ -160,7 +160,7 @@ class Backend:
         except AttnRewriterError:
             raise
         except Exception as error:
-            said = f"{type(error).__name__}: {error}".partition("\n")[0]
+            said = _in_a_line(error)
             if settings.strict or ring():
                 raise RewriteError(f"could not rewrite a graph: {said}") from error
             log.debug("internal error", exc_info=error)
@@ -176,7 +176,7 @@ class Backend:
         except Exception as error:
             if not falls_back or not report.n_fused or not _is_a_failure(error):
                 raise
-            said = f"{type(error).__name__}: {error}".partition("\n")[0]
+            said = _in_a_line(error)
             log.debug("%s raised for a rewritten graph", self.options.compiler, exc_info=error)
         self._reports[-1] = report.eager(f"{self.options.compiler} raised: {said}")
         warnings.warn(
@@ -207,6 +207,10 @@ class Backend:
     def reset(self) -> None:
         """Called by `torch._dynamo.reset()`."""
         self._compile.reset()
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def _is_a_failure(error: Exception) -> bool:

@@ -210,6 +210,7 @@ class Buffer:
         """A power of two that no number in it exceeds, where no more is known of it; infinity if there is none."""
         if self.read() is None and self._contents is None and self._tensor is not None:
             self._keep(_magnitude)
+            self._tensor = None  # there is nothing else to look for
         self.is_read = self._contents is not None
         known = self._contents.within if self._contents is not None else None
         return math.inf if known is None else known

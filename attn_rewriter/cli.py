@@ -17,7 +17,7 @@ from rich.table import Table
 from attn_rewriter.choose import Choice, choose, order
 from attn_rewriter.device import Device
 from attn_rewriter.kernels import KERNELS
-from attn_rewriter.kernels.flash import Flash
+from attn_rewriter.kernels.flash import Flash, missing
 from attn_rewriter.packages import TESTED, untested, version
 from attn_rewriter.patching import patch
 from attn_rewriter.progress import working
@@ -148,9 +148,14 @@ def _gains(device: Device) -> dict[str, list[str]]:
     for name, spec, shapes in _SITUATIONS:
         for kernel in map(KERNELS.__getitem__, order(spec, shapes, device)):
             reasons = kernel.refusals(spec, shapes, device)
-            if isinstance(kernel, Flash) and kernel.extra and reasons == [f"{kernel.distribution} is not installed"]:
-                gains.setdefault(kernel.extra, []).append(name)
-            if not reasons or isinstance(kernel, Flash):
+            if isinstance(kernel, Flash):
+                absent = version(kernel.distribution) is None and missing(
+                    kernel.distribution, kernel.module, kernel.at_least
+                )
+                if kernel.extra and reasons == [absent]:
+                    gains.setdefault(kernel.extra, []).append(name)
+                break
+            if not reasons:
                 break
     return gains
 

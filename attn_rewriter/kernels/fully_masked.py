@@ -139,7 +139,7 @@ def lifted_rows(spec: AttentionSpec, shapes: Shapes, tensors: Tensors, biases: b
     """
     wide = torch.promote_types(shapes.dtype, torch.float32)
     added: Any = tensors["query"].new_zeros((), dtype=wide)
-    shows: Any = tensors["query"].new_ones((), dtype=torch.bool)
+    shows: Any = None  # which keys no mask has filled; None where no mask fills
     for modifier in spec.modifiers:
         match modifier:
             case Scale(factor):
@@ -149,12 +149,15 @@ def lifted_rows(spec: AttentionSpec, shapes: Shapes, tensors: Tensors, biases: b
             case Mask(tensor=name, form="additive"):
                 added = added + tensors[str(name)].to(wide)
             case Mask(fills=(fill,)):
-                added = torch.where(keep(modifier, tensors), added, fill)
-                shows = shows & keep(modifier, tensors)
+                kept = keep(modifier, tensors)
+                added = torch.where(kept, added, fill)
+                shows = kept if shows is None else shows & kept
     highest = added.amax(-1, keepdim=True).detach()
-    # What a mask fills is no score any more, however the fill compares with it.
-    shows = (shows & (added >= highest + FADED)).any(-1, keepdim=True)
-    rows = highest <= torch.where(shows, swallowing_from(shapes.dtype), hidden_from(shapes.dtype) / 2)
+    limit: Any = swallowing_from(shapes.dtype)
+    if shows is not None:  # what a mask fills is no score any more, however the fill compares with it
+        shown = (shows & (added >= highest + FADED)).any(-1, keepdim=True)
+        limit = torch.where(shown, limit, hidden_from(shapes.dtype) / 2)
+    rows = highest <= limit
     if spec.fully_masked_rows == "zeros" or shapes.needs_backward:  # minus infinity stays, and gives zeros
         highest = highest.masked_fill(highest == float("-inf"), 0.0)
     lifted = added - highest
