@@ -46,7 +46,7 @@ def measured(result: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor) -> 
     if not truth.numel():
         return truth.new_zeros(3, 1)
     rows = [_rows(_off(x, truth)).square().mean(-1) for x in (result, eager)]
-    rows.append(_units(truth, eager.dtype).square())
+    rows.append(_units(truth, eager.dtype, result.device).square())
     parts = max(1, len(rows[0]) // ROWS)
     return torch.stack([torch.stack([part.mean() for part in x.to(result.device).tensor_split(parts)]) for x in rows])
 
@@ -67,5 +67,8 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, x.shape[-1] if x.ndim else 1)
 
 
-def _units(truth: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.finfo(dtype).eps * _rows(truth.detach().abs()).amax(-1)
+def _units(truth: torch.Tensor, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
+    # Fused kernels for CUDA multiply float32 by tensor cores, each number as two of TF32, which are 22 bits together
+    # (memory-efficient attention: `OpMultiplyAddFastF32` in PyTorch's `gemm_kernel_utils.h`).
+    split = device is not None and device.type == "cuda" and dtype == torch.float32
+    return (2.0**-21 if split else torch.finfo(dtype).eps) * _rows(truth.detach().abs()).amax(-1)

@@ -117,7 +117,11 @@ class Flex(Kernel):
             modifiers = [*(m for m in modifiers if m not in masking), _Emptied("rows", shapes.needs_backward), added]
         elif self._shows_rows(spec, shapes):
             made["rows"] = in_memory(rows_without_keys(keep, shapes, tensors))
-            modifiers.append(_Emptied("rows", spec.fully_masked_rows == "mean, added"))
+            through = spec.fully_masked_rows == "mean, added"
+            if modifiers or (through and shapes.needs_backward):
+                modifiers.append(_Emptied("rows", through))
+            else:  # a pass over the query takes less time than one more operation on every score
+                query = torch.where(made["rows"], query.new_zeros(()), query)
         if made and keep != EVERY_KEY:
             keep |= TensorMask("rows", tuple(axis for axis in AXES if axis in varies - {"key"}))
         tensors = ChainMap(made, tensors)  # type: ignore[arg-type]
