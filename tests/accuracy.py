@@ -20,11 +20,11 @@ def assert_as_accurate(fused: Any, eager: Any, truth: Any, name: str = "") -> No
 
         error(fused) <= 1.5 * error(eager) + one rounding unit,
 
-    where a part is at least 128 rows, or all, and the rounding unit is the spacing of numbers of the tensor's type at
-    the largest magnitude of each row of the truth (of 22 bits for float32 on CUDA; `attn_rewriter.contract`). The truth is computed in float64; `fused`
-    and `eager` must have the same type and shape, and `fused` only finite elements. Where eager leaves a result
-    unspecified (rows in which every key is masked), leave it out of all three. Tensors of whole numbers or truth values
-    must be equal.
+    where a part is at least 128 rows, or all, and the rounding unit is the spacing of numbers of the tensor's type (of
+    22 bits for float32 on CUDA) at the largest magnitude of each row of the truth (`attn_rewriter.contract`). The truth
+    is computed in float64; `fused` and `eager` must have the same type and shape, and `fused` only finite elements.
+    Where eager leaves a result unspecified (rows in which every key is masked), leave it out of all three. Tensors of
+    whole numbers or truth values must be equal.
     """
     if isinstance(truth, Mapping):
         assert fused.keys() == eager.keys() == truth.keys(), f"{name}: different keys"
