@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import sympy
 import torch
 import torch.nn.functional as F
+from torch._functorch import predispatch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, StrictMinMaxConstraint
 from torch.utils._pytree import tree_leaves
@@ -92,6 +93,9 @@ repeat(input, *sizes:repeats): .repeat
 tile(input, *dims): torch.tile .tile
 repeat_interleave(input, repeats, dim=None, *, output_size=None): torch.repeat_interleave .repeat_interleave
 getitem(input, index): operator.getitem .__getitem__
+index(input, indices): .index
+add_batch_dim(input, in_dim, level): vmap._add_batch_dim
+remove_batch_dim(input, level, batch_size, out_dim): vmap._remove_batch_dim
 where(condition, input, other): torch.where
 where_method(input, condition, other): .where
 masked_fill(input, mask, value): torch.masked_fill .masked_fill
@@ -134,8 +138,7 @@ _INERT = frozenset({"device", "pin_memory", "requires_grad", "memory_format"})
 _ALIASES = {"input": ("self", "x", "a", "x1"), "other": ("x2",), "dim": ("axis",), "keepdim": ("keepdims",)}
 """Other keywords of the same parameters: those of operators, and NumPy's, which PyTorch's builtins take as well."""
 
-_NAMESPACES = {"torch": torch, "F": F, "operator": operator, "math": math}
-
+_NAMESPACES = {"torch": torch, "F": F, "operator": operator, "math": math, "vmap": predispatch}
 
 _ANYWHERE, _KEYWORD, _REST = (
     getattr(inspect.Parameter, kind) for kind in ("POSITIONAL_OR_KEYWORD", "KEYWORD_ONLY", "VAR_POSITIONAL")
@@ -709,6 +712,10 @@ class Facts:
         names = map(_name, self.region(node).contexts)
         return any(name.endswith("_nesting") or name == "_enter_dual_level" for name in names)
 
+    def levels(self, node: Node) -> list[Node]:
+        """The nodes that enter the levels of `torch.vmap` in which a node runs, the outermost first."""
+        return [context for context in self.region(node).contexts if _name(context) == "_vmap_increment_nesting"]
+
     def is_in_inference_mode(self, node: Node) -> bool:
         """Whether a node runs in inference mode that the graph itself enters. AOTAutograd raises there for a view of
         what was made outside, and leaves PyTorch's dispatcher in a state in which later backward passes fail (2.13)."""
@@ -803,6 +810,11 @@ def _storage(node: Any) -> int | None:
         return None if value is None else value.untyped_storage()._cdata
     except NotImplementedError:  # sparse and other storage-less tensors
         return None
+
+
+def same_storage(a: Node, b: Node) -> bool:
+    """Whether two nodes may share memory."""
+    return _storage(a) is None or _storage(a) == _storage(b)
 
 
 def same_view(a: Node, b: Node) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import predispatch
 from torch.fx import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -140,6 +141,29 @@ def called(node: Node, value_of: Callable[[Node], Any]) -> Any:
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), value_of)
     target: Any = getattr(torch.Tensor, str(node.target)) if node.op == "call_method" else node.target
     return target(*args, **kwargs)
+
+
+@contextmanager
+def levels(facts: Facts, value_of: Callable[[Node], Any]) -> Iterator[Callable[[Node], None]]:
+    """Gives a function that enters and leaves levels of `torch.vmap` until they are those that a node was traced in."""
+    entered: list[Node] = []
+
+    def go_to(node: Node) -> None:
+        wanted = facts.levels(node)
+        while entered != wanted[: len(entered)]:
+            entered.pop()
+            predispatch._vmap_decrement_nesting()
+        for level in wanted[len(entered) :]:
+            depth = called(level, value_of)
+            entered.append(level)
+            if depth != len(entered):
+                raise RuntimeError("the graph is compiled within another level of vmap")
+
+    try:
+        yield go_to
+    finally:
+        for _ in entered:
+            predispatch._vmap_decrement_nesting()
 
 
 @contextmanager

@@ -38,7 +38,7 @@ from attn_rewriter.describe import Description
 from attn_rewriter.device import Device
 from attn_rewriter.emit import Operands, arrange
 from attn_rewriter.graph import Facts, same_view, size, tensor
-from attn_rewriter.interior import Interior, WithoutDropout, before, called, is_leaf, widened
+from attn_rewriter.interior import Interior, WithoutDropout, before, called, is_leaf, levels, widened
 from attn_rewriter.kernels import KERNELS, Kernel
 from attn_rewriter.kernels.masking import holds, keep, keep_mask
 from attn_rewriter.patterns.axes import plan as steps
@@ -153,13 +153,15 @@ class _Draw:
 
     def _compute(self, facts: Facts, nodes: Sequence[Node], until: Node) -> None:
         """Run what nodes are computed from, in the order of the graph, writes included."""
-        for node in before(facts, nodes, until, self.env, is_leaf):
-            if not is_leaf(node):
-                self.env[node] = self._run(node)
-            else:
-                for written in facts.written(node):
-                    self.env[written].copy_(self._made_up(written))
-                self.env[node] = self._leaf(facts, node)
+        with levels(facts, self.env.__getitem__) as go_to:
+            for node in before(facts, nodes, until, self.env, is_leaf):
+                if not is_leaf(node):
+                    go_to(node)
+                    self.env[node] = self._run(node)
+                else:
+                    for written in facts.written(node):
+                        self.env[written].copy_(self._made_up(written))
+                    self.env[node] = self._leaf(facts, node)
 
     def _run(self, node: Node) -> Any:
         like = tensor(node)

@@ -373,6 +373,8 @@ class Compare(Predicate):
                 return f"queries below {right.offset + 1}"
             case "le", (), ((("key" | "query") as axis, 1),) if not right.offset:
                 return f"{'keys' if axis == 'key' else 'queries'} from {left.offset}"
+            case "ne", ((Values(axes=("batch", "key")), 1),), () if left.offset == right.offset == 0:
+                return "key padding"
             case "lt", (("key", 1),), ((Values(axes=("batch",)), 1),) if left.offset == right.offset == 0:
                 return "key lengths"
             case "le", (("key", 1),), ((Values() as values, 1),) if left.offset == right.offset == 0:
@@ -440,7 +442,8 @@ class And(Predicate):
 
 
 def conjunction(predicates: Any) -> Predicate:
-    """`and` of any number of predicates, flattened; bands with comparable sides become one band."""
+    """`and` of any number of predicates, flattened; bands with comparable sides become one band, and what one term says
+    is not asked again in another, negated one: `a and not (a and b)` is `a and not b`."""
     terms: list[Predicate] = []
     for predicate in predicates:
         for term in predicate.terms if isinstance(predicate, And) else (predicate,):
@@ -458,8 +461,19 @@ def conjunction(predicates: Any) -> Predicate:
                     break
             else:
                 terms.append(term)
+    for i, term in enumerate(terms):
+        if isinstance(term, Not) and isinstance(term.term, And):
+            others = terms[:i] + terms[i + 1 :]
+            left = [inner for inner in term.term.terms if not any(_implies(other, inner) for other in others)]
+            if len(left) < len(term.term.terms):
+                return conjunction([*others, ~conjunction(left)])
     terms.sort(key=lambda term: not isinstance(term, Band))
     return EVERY_KEY if not terms else terms[0] if len(terms) == 1 else And(tuple(terms))
+
+
+def _implies(a: Predicate, b: Predicate) -> bool:
+    """Whether `b` is known to hold wherever `a` does."""
+    return a == b or (isinstance(a, Band) and isinstance(b, Band) and _met(a, b) == a)
 
 
 def _met(a: Band, b: Band) -> Predicate | None:

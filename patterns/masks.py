@@ -21,7 +21,7 @@ from torch.fx import Node
 
 from attn_rewriter.buffers import buffer_of
 from attn_rewriter.errors import Refused
-from attn_rewriter.graph import Call, Facts, is_inplace, shape, size, tensor
+from attn_rewriter.graph import Call, Facts, is_inplace, same_storage, same_view, shape, size, tensor
 from attn_rewriter.hidden import is_masking
 from attn_rewriter.patterns.axes import Atom, Dim, Dims, extent, leaves
 from attn_rewriter.spec import (
@@ -79,12 +79,12 @@ def _is_one(a: Value, b: Value) -> bool:
     return a == b
 
 
-def compare(left: Index, right: Index, name: str) -> Predicate:
-    """`left name right` for the canonical comparisons."""
+def compare(left: Index, right: Index, name: str, alone: bool = True) -> Predicate:
+    """`left name right` for the canonical comparisons; `alone` where nothing but these was compared."""
     if name in ("gt", "ge"):
         left, right, name = right, left, {"gt": "lt", "ge": "le"}[name]
     if name == "ne":
-        return ~compare(left, right, "eq")
+        return ~compare(left, right, "eq", alone)
     if (
         not left.terms
         and not right.terms
@@ -100,12 +100,27 @@ def compare(left: Index, right: Index, name: str) -> Predicate:
     if known is not None:
         return known
     held = [*{*left.leaves(), *right.leaves()}]
-    if len(held) == 1 and isinstance(held[0], Values):
+    if alone and len(held) == 1 and isinstance(held[0], Values):
         raise Unreadable("values of a tensor that nothing is known about: what they say is a tensor, too")
     return compared(left.substitute(_in_spec), right.substitute(_in_spec), name)
 
 
+@dataclass(frozen=True)
+class Rounded:
+    """The integers of a tensor, each rounded to a floating point type: a number may be added, and the sum be compared
+    with another one."""
+
+    values: Values
+    dtype: torch.dtype
+
+
+def _is_rounded(index: Index) -> bool:
+    return any(isinstance(leaf, Rounded) for leaf in index.leaves())
+
+
 def _in_spec(leaf: Any) -> Any:
+    if isinstance(leaf, Rounded):
+        raise Unreadable(f"values of a tensor as {leaf.dtype}")
     if isinstance(leaf, Atom):
         if leaf.name not in ("batch", "head", "query", "key"):
             raise Unreadable(f"a part of an axis, {leaf.name}")
@@ -114,7 +129,7 @@ def _in_spec(leaf: Any) -> Any:
 
 
 def _bounds(index: Index) -> tuple[Size, Size] | None:
-    return index.bounds(operator.attrgetter("size"))
+    return index.bounds(lambda leaf: leaf.size if isinstance(leaf, Atom) else None)
 
 
 Computation = Callable[["list[Index]", "tuple[Index, ...]", torch.dtype], "Value"]
@@ -128,6 +143,7 @@ class MaskReader:
     facts: Facts
     until: Node
     memo: dict[Any, Value] = field(default_factory=dict)
+    levels: dict[int, Index] = field(default_factory=dict)  # of `torch.vmap`: the coordinate that each stands for
 
     def boolean(self, node: Node, dims: Dims) -> Predicate:
         """A boolean tensor; one that can't be read further is a `TensorMask` of the node itself."""
@@ -194,15 +210,49 @@ class MaskReader:
             return literal(node)
         if tensor(node) is None:
             return literal(size(node))
-        node = facts.current(node, before)
-        key = (node, at)
+        end = facts.position[before]
+        return self._after(facts, node, at, [w for w in facts.writes(node) if facts.position[w] < end])
+
+    def _after(self, facts: Facts, node: Node, at: tuple[Index, ...], writes: Sequence[Node]) -> Value:
+        """The value of a tensor after what was written into its memory."""
+        writes = [w for w in writes if facts.position[node] < facts.position[w]]
+        if writes and same_view(writes[-1], node):  # which reads what was there before by itself
+            node, writes = writes[-1], []
+        key = (node, at, writes[-1] if writes else None, *self.levels.items())
         if key not in self.memo:
-            self.memo[key] = self._read(facts, node, at)
+            self.memo[key] = self._written(facts, node, at, writes) if writes else self._read(facts, node, at)
         return self.memo[key]
+
+    def _written(self, facts: Facts, node: Node, at: tuple[Index, ...], writes: Sequence[Node]) -> Value:
+        """The same, where the last write went into a part of the tensor."""
+        last, dtype = writes[-1], _dtype(node)
+        if last.target is operator.setitem:
+            base, index, value = last.args
+            inside, there = self._place(facts, base, node, at)  # type: ignore[arg-type]
+            here, there = _selected(index, there, shape(base))  # type: ignore[arg-type]
+            if isinstance(value, Node) and same_storage(value, node):
+                raise Unreadable("a part of a tensor that is written into another part")
+            inside &= here
+            new = self.converted(facts, last, value, there, dtype)
+        else:
+            inside, there = self._place(facts, last.args[0], node, at)
+            new = self._after(facts, last, there, ())
+        return as_dtype(_where(inside, new, self._after(facts, node, at, writes[:-1])), dtype)
+
+    def _place(self, facts: Facts, view: Any, node: Node, at: tuple[Index, ...]) -> tuple[Predicate, tuple[Index, ...]]:
+        """Whether coordinates of a tensor lie in a view of it, and where they are there."""
+        if isinstance(view, Node) and same_view(view, node):
+            return EVERY_KEY, at
+        call = facts.call(view)
+        if call is None or call.name != "getitem":
+            raise Unreadable("a write into what is no slice")
+        inside, there = self._place(facts, call["input"], node, at)
+        here, there = _selected(call["index"], there, shape(call["input"]))
+        return inside & here, there
 
     def _read(self, facts: Facts, node: Node, at: tuple[Index, ...]) -> Value:
         dims = _whole(at, shape(node))
-        if facts is self.facts and not facts.unchanged(node, self.until):
+        if facts is self.facts and (facts.is_transformed(node) or not facts.unchanged(node, self.until)):
             dims = None  # it can't be an operand
         try:
             value = as_dtype(self._followed(facts, node, at), _dtype(node))
@@ -212,7 +262,8 @@ class MaskReader:
         if isinstance(value, Predicate):
             return self._held(value, node, dims) if foreign and dims is not None else value
         # Integers that depend on a tensor's are best taken from this node, unless they are a mere sum.
-        if _reads_values(value) and dims is not None and (foreign or isinstance(value, Where)):
+        is_own = dims is not None and _dtype(node) in _INTEGERS
+        if is_own and _reads_values(value) and (foreign or isinstance(value, Where)):
             return self._opaque(node, dims)
         return value
 
@@ -263,10 +314,12 @@ class MaskReader:
             return self.read(facts, value, (), node)
         return self.read(facts, value, _own(value, at), node)
 
-    def converted(self, facts: Facts, node: Node, value: Any, at: tuple[Index, ...]) -> Value:
-        """The same in the type of the result."""
+    def converted(
+        self, facts: Facts, node: Node, value: Any, at: tuple[Index, ...], dtype: torch.dtype | None = None
+    ) -> Value:
+        """The same in the type of the result, or in another one."""
         read = self.argument(facts, node, value, at)
-        return apply(lambda index: converted(index, _dtype(node), tensor(value) is None), read)
+        return apply(lambda index: converted(index, dtype or _dtype(node), tensor(value) is None), read)
 
     def computed(
         self, facts: Facts, node: Node, operands: Sequence[Any], at: tuple[Index, ...], function: Computation
@@ -458,6 +511,11 @@ def converted(index: Index, dtype: torch.dtype, literal: bool = False) -> Index:
     so is a literal (a number that is no tensor) that the type does not hold."""
     if not index.terms and not isinstance(index.offset, sympy.Expr):
         return Index(_number(index.offset, dtype, literal))
+    if _is_rounded(index):
+        (leaf, sign), *others = index.terms
+        if others or sign not in (1, -1) or not isinstance(leaf, Rounded) or leaf.dtype != dtype:
+            raise Unreadable(f"rounded values of a tensor as {dtype}")
+        return index
     index = _whole_number(index)
     if any(index.values()):
         return _values_as(index, dtype)
@@ -538,9 +596,12 @@ def _common_type(operands: Sequence[Any]) -> torch.dtype:
 
 
 def _values_as(index: Index, dtype: torch.dtype) -> Index:
-    """Values of a tensor, in a type that holds all of them; sums of such only in 64 bits, where specs compute them."""
+    """Values of a tensor, in a type that holds all of them; sums of such only in 64 bits, where specs compute them.
+    In a floating point type they are `Rounded`."""
     (first, _), *_ = index.terms
     alone = isinstance(first, Values) and index == Index(0, ((first, 1),))
+    if alone and dtype.is_floating_point:
+        return Index(0, ((Rounded(first, dtype), 1),))
     own = _dtype(first.tensor[0]) if alone else torch.int64
     numbers = [index.offset, *(coefficient for _, coefficient in index.terms)]
     if (
@@ -598,13 +659,9 @@ def reshaped(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple
 @_reads("getitem")
 def indexed(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
     """Slices shift a coordinate; index tensors (transformers' `mask[batch_idx, kv_idx]`) replace it."""
-    base, index = call["input"], list(call["index"])
+    base = call["input"]
     sizes = shape(base)
-    used = sum(item is not None and item is not Ellipsis for item in index)
-    if Ellipsis in index:
-        i = index.index(Ellipsis)
-        index[i : i + 1] = [slice(None)] * (len(sizes) - used)
-    index += [slice(None)] * (len(sizes) - sum(item is not None for item in index))
+    index = _items(call["index"], len(sizes))
     tensors = [item for item in index if isinstance(item, Node) and tensor(item) is not None]
     if tensors:
         if len(tensors) != len(index):
@@ -624,6 +681,40 @@ def indexed(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[
         else:
             raise Unreadable("an index")
     return reader.read(facts, base, tuple(into), node)
+
+
+def _items(index: Sequence[Any], ndim: int) -> list[Any]:
+    """An index with an item for each of so many dimensions."""
+    items = [*index]
+    used = sum(item is not None and item is not Ellipsis for item in items)
+    if Ellipsis in items:
+        i = items.index(Ellipsis)
+        items[i : i + 1] = [slice(None)] * (ndim - used)
+    return items + [slice(None)] * (ndim - sum(item is not None for item in items))
+
+
+def _selected(index: Any, at: tuple[Index, ...], sizes: tuple[Size, ...]) -> tuple[Predicate, tuple[Index, ...]]:
+    """Whether coordinates lie in what an index selects, and where they are there."""
+    inside: Predicate = EVERY_KEY
+    there: list[Index] = []
+    left = iter(zip(at, sizes))
+    for item in _items(index if isinstance(index, tuple) else (index,), len(sizes)):
+        if item is None:
+            there.append(Index())
+            continue
+        position, n = next(left)
+        if isinstance(item, slice) and size(item.step) in (None, 1):
+            first, end = (
+                default if bound is None else _from_front(size(bound), n)
+                for bound, default in ((item.start, 0), (item.stop, n))
+            )
+            inside &= compare(position, Index(first), "ge") & compare(position, Index(end), "lt")
+            there.append(position + -Index(first))
+        elif not isinstance(item, (slice, bool)) and _integral(size(item)):
+            inside &= compare(position, Index(_from_front(size(item), n)), "eq")
+        else:
+            raise Unreadable("a write at an index")
+    return inside, tuple(there)
 
 
 def _sliced(item: slice, n: Size, position: Index, kept: Size) -> Index:
@@ -654,6 +745,35 @@ def _position(reader: MaskReader, facts: Facts, node: Node, item: Node, at: tupl
     if bounds is None or not at_most(0, bounds[0]):
         raise Unreadable("an index tensor")
     return value  # type: ignore[return-value]
+
+
+@_reads("index")
+def taken(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
+    """Index tensors for all dimensions, as an operator takes them."""
+    base, index = call["input"], call["indices"]
+    if len(index) != len(shape(base)) or any(tensor(item) is None for item in index):
+        raise Unreadable("index tensors beside slices")
+    return reader.read(facts, base, tuple(_position(reader, facts, node, item, at) for item in index), node)
+
+
+@_reads("add_batch_dim")
+def batched(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
+    """Within `torch.vmap` a tensor has a dimension less, the coordinate of which belongs to the level."""
+    if call["level"] not in reader.levels:
+        raise Unreadable("a level of vmap that was left")
+    axis = call["in_dim"] % (len(at) + 1)
+    into = (*at[:axis], reader.levels[call["level"]], *at[axis:])
+    return reader.read(facts, call["input"], into, node)
+
+
+@_reads("remove_batch_dim")
+def unbatched(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
+    axis, around = call["out_dim"] % len(at), reader.levels
+    reader.levels = {**around, call["level"]: at[axis]}
+    try:
+        return reader.read(facts, call["input"], (*at[:axis], *at[axis + 1 :]), node)
+    finally:
+        reader.levels = around
 
 
 @_reads("tril", "triu")
@@ -694,12 +814,33 @@ def comparison(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tup
     values = [reader.argument(facts, node, x, at) for x in operands]
     if all(isinstance(value, Where) for value in values):  # four cases, where there may be one comparison
         values = [reader.integers(facts, node, x, at) for x in operands]
+    alone = not any(isinstance(value, Where) for value in values)
 
     def relation(*sides: Index) -> Value:
         left, right = (converted(x, dtype, tensor(operand) is None) for x, operand in zip(sides, operands))
-        return _truth(compare(left, right, call.name))
+        if _is_rounded(left) or _is_rounded(right):
+            left, right = _exactly(left, right, dtype)
+        return _truth(compare(left, right, call.name, alone))
 
     return predicate(apply(relation, *values))
+
+
+def _exactly(left: Index, right: Index, dtype: torch.dtype) -> tuple[Index, Index]:
+    """Two sides of a comparison, a number and the rounded sum of another one and an integer of at most 64 bits, as
+    sides without rounding that compare alike. Rounding keeps order, and so it does where the numbers are so small that
+    the integers near them are exact, or so large that the integer beside them does not matter."""
+    numbers: list[Any] = [left.offset, right.offset]
+    if not (_is_rounded(left) and _is_rounded(right)) and all(isinstance(n, (int, float)) for n in numbers):
+        difference = numbers[0] - numbers[1]
+        if abs(difference) >= 2**65 and dtype != torch.float16:  # in which an integer may be as large
+            return Index(difference), Index(0)
+        if all(abs(n) < _POSITIONS[dtype][1] // 4 for n in numbers):
+            return left.substitute(_unrounded), right.substitute(_unrounded)
+    raise Unreadable(f"values of a tensor as {dtype}")
+
+
+def _unrounded(leaf: Any) -> Any:
+    return leaf.values if isinstance(leaf, Rounded) else leaf
 
 
 def _truth(value: Predicate) -> Value:
@@ -743,7 +884,10 @@ def _computation(name: str, node: Node) -> Computation:
             return Index(found.item())
         if name not in _OF_POSITIONS or (dtype != _dtype(node) and not is_inplace(node)):
             raise Unreadable(f"{name} of positions")
-        if dtype in _HALF and any(value != before for value, before in zip(values, given)):
+        rounded = [value for value in values if _is_rounded(value)]
+        if rounded and (name not in ("add", "sub") or len(rounded) > 1 or rounded[0].offset != 0):
+            raise Unreadable(f"{name} of rounded values of a tensor")
+        if dtype in _HALF and any(x != before for x, before in zip(values, given) if x not in rounded):
             raise Unreadable(f"a number that {dtype} rounds")
         return converted(_OF_POSITIONS[name](*map(_whole_number, values)), dtype)
 

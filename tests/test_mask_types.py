@@ -25,7 +25,7 @@ from attn_rewriter.graph import Facts
 from attn_rewriter.kernels.masking import coordinates as all_coordinates
 from attn_rewriter.kernels.masking import holds
 from attn_rewriter.patterns.axes import Atom, Dims, leaves
-from attn_rewriter.patterns.masks import MaskReader, Unreadable, Value, Where, coordinates
+from attn_rewriter.patterns.masks import MaskReader, Rounded, Unreadable, Value, Where, coordinates
 from attn_rewriter.spec import Index, Predicate, Quotient, Values
 from tests.running import rewritten
 
@@ -46,6 +46,10 @@ class Recorder(TorchFunctionMode):
         self.alive: list[Tensor] = []
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.Tensor.__setitem__:
+            node = self.graph.call_function(operator.setitem, self._known(args))
+            node.meta["example_value"] = function(*args)
+            return None
         result = function(*args, **(kwargs or {}))
         if isinstance(result, Tensor):
             method = getattr(torch.Tensor, function.__name__, None) is function
@@ -55,7 +59,7 @@ class Recorder(TorchFunctionMode):
             make = self.graph.call_method if method else self.graph.call_function
             node = make(target, self._known(args), self._known(kwargs or {}))
             node.meta["example_value"] = result
-            self.nodes[id(result)] = node
+            self.nodes.setdefault(id(result), node)  # what is written in place goes by its first name, as Dynamo has it
             self.alive.append(result)
         return result
 
@@ -97,6 +101,9 @@ def evaluated(value: Value) -> Tensor:
     if isinstance(value, Where):
         then, otherwise = evaluated(value.then), evaluated(value.otherwise)
         return torch.where(evaluated(value.condition), then, otherwise)
+    match value.terms:
+        case ((Rounded(values=Values(tensor=(node, dims)), dtype=dtype), sign),):
+            return _laid_out(node, dims)[0, 0].to(dtype) * sign + float(value.offset)  # type: ignore[misc]
     total = torch.full((Q_LEN, KV_LEN), value.offset, dtype=F64 if isinstance(value.offset, float) else I64)
     for term, coefficient in value.terms:
         match term:
@@ -128,7 +135,7 @@ def assert_followed(expression: Callable[[], Tensor]) -> Value | None:
     result, value = read(expression)
     if value is None:
         return None
-    found = evaluated(value)
+    found = evaluated(value).expand(Q_LEN, KV_LEN)
     wide = F64 if result.is_floating_point() else I64
     assert torch.equal(found != found, result != result)
     assert torch.equal(*(torch.where(x != x, 0, x.to(wide)) for x in (found, result)))
@@ -139,7 +146,10 @@ def is_followed(value: Value | None) -> bool:
     """Whether a value is read down to numbers and coordinates."""
     if value is None or isinstance(value, Where):
         return value is not None and all(map(is_followed, (value.condition, value.then, value.otherwise)))
-    return not any(value.values()) if isinstance(value, Index) else not any(value.tensors())
+    held = (Values, Rounded)
+    return (
+        not any(isinstance(x, held) for x in value.leaves()) if isinstance(value, Index) else not any(value.tensors())
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -173,6 +183,39 @@ FOLLOWED: dict[str, Callable[[torch.dtype], Tensor]] = {
     "against a float": lambda t: q(t).float() + 1.0 > k(t),
     "in place": lambda t: ones(t).triu(1).mul_(3).add_(1).lt_(2) == 1,
 }
+
+
+def written(into: Tensor, index: Any, value: Any) -> Tensor:
+    into[index] = value
+    return into
+
+
+ALL = slice(None)
+FOLLOWED_WRITES: dict[str, Callable[[torch.dtype], Tensor]] = {
+    "a slice": lambda t: written(ones(t), (ALL, slice(2, 5)), 0),
+    "a corner": lambda t: written(ones(t), (slice(1, -1), slice(3)), 0),
+    "from the end": lambda t: written(ones(t), (..., slice(-2, None)), 0),
+    "a row": lambda t: written(ones(t), 2, 0),
+    "a column": lambda t: written(ones(t), (..., -1), 0),
+    "a triangle": lambda t: written(ones(t), (ALL, slice(5)), torch.ones(Q_LEN, 5, dtype=t).tril()),
+    "a row of a triangle, everywhere": lambda t: written(ones(t), (slice(2), ALL), ones(t).tril()[3]),
+    "twice": lambda t: written(written(ones(t), (ALL, slice(4)), 0), (slice(2), ALL), 1),
+    "with one more dimension": lambda t: written(ones(t), (None, slice(1, 3)), 0),
+    "what was there, filled": lambda t: written(
+        x := ones(t).tril(1), (ALL, slice(4)), x[:, :4].masked_fill(k()[:, :4] < q(), 0)
+    ),
+    "a view": lambda t: (x := ones(t), x[1:3].mul_(0))[0],
+    "a view of a view": lambda t: (x := ones(t), x[1:][:, 2:4].masked_fill_(k()[:, 2:4] > 2, 0))[0],
+    "and the whole": lambda t: written(ones(t).triu_(1), (ALL, slice(2)), 1).mul_(1),
+}
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("name", FOLLOWED_WRITES)
+def test_writes_are_followed(name: str, dtype: torch.dtype) -> None:
+    if dtype == BOOL and name in ("a view", "and the whole"):
+        pytest.skip("booleans are not multiplied in place")
+    assert is_followed(assert_followed(lambda: FOLLOWED_WRITES[name](dtype)))
 
 
 @pytest.mark.parametrize("dtype", TYPES[1:], ids=str)
@@ -229,6 +272,28 @@ OTHERWISE: dict[str, Callable[[], Tensor]] = {
     "counted up in 8 bits": lambda: ones(I8).tril().cumsum(0, dtype=I8) > 3,
     "nothing counted up": lambda: torch.zeros(Q_LEN, KV_LEN, dtype=BOOL).cumsum(-1) > 0,
     "a sum twice": lambda: torch.add(k(), q(), alpha=2) > 6,
+    "another part of itself": lambda: written(x := (k() > q()).clone(), (ALL, slice(3)), x[:, 1:4]),
+    "every other column": lambda: written(ones(BOOL), (ALL, slice(None, None, 2)), False),
+    "an index tensor": lambda: written(ones(BOOL), (ALL, torch.tensor([0, 2])), False),
+    "a mask as an index": lambda: written(ones(BOOL), k() > q(), False),
+    "a slice beyond the end": lambda: written(ones(BOOL), (ALL, slice(2, 100)), False),
+    "a diagonal": lambda: (x := ones(BOOL), x.diagonal().logical_not_())[0],
+    "a transposed view": lambda: (x := ones(BOOL), x.mT[2:4].logical_not_())[0],
+    "a view taken before the whole changes": lambda: (x := ones(I64), y := x[1:3], x.mul_(3), y.add_(1))[0] == 4,
+    "a view that is read after the whole changes": lambda: (x := ones(I64), y := x[:], x[1:].mul_(3))[1] == 3,
+    "a fraction into integers": lambda: written(ones(I64), (ALL, slice(2)), 2.7) == 2,
+    "a number into bytes": lambda: written(ones(U8), (ALL, slice(2)), torch.tensor(300)) == 44,
+    "values, rounded": lambda: INPUTS[KV_LEN, I64].float() == 3,
+    "values, rounded to half": lambda: INPUTS[KV_LEN, I64].half() > q().half(),
+    "one more than values, rounded": lambda: INPUTS[KV_LEN, I64].to(BF16) + 1 == 4,
+    "values and the lowest number": lambda: (
+        torch.where(k() > q(), torch.finfo(F32).min, 0.0) + INPUTS[KV_LEN, I64] == 0
+    ),
+    "values and a large number, twice": lambda: (INPUTS[KV_LEN, I64].float() + 1e30) - 1e30 == 0,
+    "values and infinity, in half": lambda: torch.where(k() > q(), -float("inf"), 0.0).half() + INPUTS[KV_LEN, I64] < 0,
+    "values between the numbers of their type": lambda: INPUTS[KV_LEN, I64].float() + 0.25 == 3.25,
+    "half of values": lambda: INPUTS[KV_LEN, I64].float() * 0.5 == 1.5,
+    "values, there and back": lambda: INPUTS[KV_LEN, I64].float().long() == INPUTS[KV_LEN, I64],
     "an integer filled with a fraction": lambda: ones(I64).masked_fill(k() > q(), 2.7) == 2,
 }
 
@@ -356,6 +421,51 @@ def built(program: Any) -> Any:
 def test_any_expression(program: Any) -> None:
     def expression() -> Tensor:
         return _wide(built(program))
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            expression()
+    except (RuntimeError, TypeError, NotImplementedError, ZeroDivisionError, OverflowError, AttributeError):
+        assume(False)
+    assert_followed(expression)
+
+
+places = st.sampled_from(
+    (
+        (ALL, slice(3)),
+        (slice(1, 4),),
+        (slice(-2, None), slice(2, -1)),
+        (..., -2),
+        (..., slice(4, None)),
+        (0,),
+        (slice(2, 3), 5),
+        (None, ALL, slice(1, 6)),
+        (slice(1, None), None, slice(2)),
+        (ALL, slice(None, None, 3)),
+    )
+)
+writes = st.tuples(st.sampled_from(("set", "set, of what is there", "fill", "add", "times")), places, tensors, numbers)
+
+
+@settings(max_examples=EXAMPLES // 2, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck])
+@given(tensors, st.lists(writes, min_size=1, max_size=4))
+def test_any_writes(program: Any, changes: Any) -> None:
+    def expression() -> Tensor:
+        x = _wide(built(program)).clone()
+        for how, place, other, number in changes:
+            match how:
+                case "set":
+                    x[place] = _wide(built(other))[place]
+                case "set, of what is there":
+                    x[place] = x[place].masked_fill(_wide(built(other))[place] > 0, number)
+                case "fill":
+                    x[place] = number
+                case "add":
+                    x[place].add_(_wide(built(other))[place])
+                case "times":
+                    x[place].mul_(number)
+        return x
 
     try:
         with warnings.catch_warnings():
