@@ -7,15 +7,14 @@ from typing import Any
 
 import sympy
 import torch
-from torch._guards import TracingContext, tracing
-from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from attn_rewriter import torch_private
 from attn_rewriter.device import Device
 from attn_rewriter.inductor import without_attention_patterns
 from attn_rewriter.kernels import Kernel
 from attn_rewriter.spec import AttentionSpec, Shapes, Size
+from attn_rewriter.torch_private import FakeTensorMode, ShapeEnv, TracingContext, tracing
 
 
 def by_itself(
@@ -50,13 +49,13 @@ class _Operands(dict[Any, Any]):
 
 def _compiled(function: Callable[..., torch.Tensor], args: Sequence[Any]) -> Callable[..., torch.Tensor]:
     """A function as Inductor compiles it, not traced by Dynamo: as one node of a graph, like those that are emitted."""
-    from torch._inductor.compile_fx import compile_fx  # takes seconds where Inductor is not in use
+    from attn_rewriter.torch_private import compile_fx  # takes seconds where Inductor is not in use
 
     graph = Graph()
     graph.output((graph.call_function(function, tuple(graph.placeholder(f"arg{i}") for i in range(len(args)))),))
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
     # The backward pass is compiled now: by the time it is asked for, it would be within Dynamo's own compilation.
-    now = torch._functorch.config.patch(force_non_lazy_backward_lowering=True)
+    now = torch_private.functorch_config.patch(force_non_lazy_backward_lowering=True)
     with now, without_attention_patterns(), tracing(TracingContext(mode)):
         inputs = [mode.from_tensor(x, static_shapes=True) if isinstance(x, torch.Tensor) else x for x in args]
         compiled: Any = compile_fx(GraphModule({}, graph), inputs)

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from attn_rewriter import torch_private
 from attn_rewriter.backend import Backend
 from attn_rewriter.choose import Request
 from attn_rewriter.compilers import with_own_code
@@ -129,7 +130,7 @@ def explain(
     backend = Backend(Options(kernel), device=imagined, dry=imagined is not None, looks=True)
     # A report of its own for each call: the many compilations of one function must not meet Dynamo's limit for them.
     unlimited = {"recompile_limit": 1 << 20, "accumulated_recompile_limit": 1 << 20}
-    with torch._dynamo.config.patch(unlimited), working(f"explaining {name_of(model)}"):
+    with torch_private.dynamo_config.patch(unlimited), working(f"explaining {name_of(model)}"):
         torch.compile(calling(model), backend=backend)(*args, **kwargs)
     return backend.report
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch._dynamo.exc import ShortenTraceback, TorchDynamoException
 from torch.autograd.graph import saved_tensors_hooks
 from torch.fx import GraphModule
 
@@ -28,6 +27,7 @@ from attn_rewriter.pipeline import Checks, Settings, rewrite
 from attn_rewriter.report import Report
 from attn_rewriter.second_opinion import Opinions
 from attn_rewriter.sites import Check, summary
+from attn_rewriter.torch_private import ShortenTraceback, TorchDynamoException
 from attn_rewriter.verify import verify
 from attn_rewriter.withhold import returns_to_the_caller
 

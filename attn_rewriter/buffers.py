@@ -33,12 +33,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from attn_rewriter.context_parallel import Ring, ring
 from attn_rewriter.forward_ad import forward_gradients
+from attn_rewriter.torch_private import FakeTensor, is_functorch_wrapped_tensor
 
 Compiled = Callable[..., Any]
 Recompile = Callable[[GraphModule], Compiled]
@@ -120,9 +120,6 @@ def _banded(tensor: torch.Tensor) -> Contents | None:
     return None
 
 
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-
-
 class State(NamedTuple):
     """All that must be the same for a tensor to hold what it held."""
 
@@ -140,7 +137,7 @@ class State(NamedTuple):
         """None for tensors that do not say when they change, or are no plain tensors."""
         if type(tensor) is FakeTensor:  # of a graph that is compiled in parts: each call asks again, for real tensors
             return State(tensor.untyped_storage()._cdata, tensor._version, 0, tensor.shape, (), 0, tensor.dtype, False)
-        if type(tensor) is not torch.Tensor or tensor.is_inference() or _is_wrapped(tensor):
+        if type(tensor) is not torch.Tensor or tensor.is_inference() or is_functorch_wrapped_tensor(tensor):
             return None
         if tensor.layout != torch.strided:
             return None

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from attn_rewriter import torch_private
 from attn_rewriter.choose import Choice, choose, order
 from attn_rewriter.device import Device
 from attn_rewriter.kernels import KERNELS
@@ -120,7 +121,7 @@ def doctor(device: str | None = None) -> int:
     about["torch, tested"] = " to ".join(TESTED)
     if torch.backends.cudnn.is_available():
         about["cudnn"] = torch.backends.cudnn.version()
-    registered = "attn_rewriter" in torch._dynamo.list_backends(exclude_tags=())
+    registered = "attn_rewriter" in torch_private.list_backends(exclude_tags=())
     about['torch.compile(backend="attn_rewriter")'] = "found" if registered else "not found: install the package"
     found = Table(title="This machine", title_justify="left", show_header=False)
     for name, value in about.items():

@@ -10,14 +10,14 @@ from itertools import count
 from typing import Any, ClassVar
 
 import torch
-from torch._dynamo.callback import CallbackArgs, CallbackTrigger, callback_handler
-from torch._guards import CompileContext
 from torch.fx import GraphModule
 
+from attn_rewriter import torch_private
 from attn_rewriter.device_map import NAME, watch
 from attn_rewriter.inductor import kept_out, without_attention_patterns
 from attn_rewriter.options import Options
 from attn_rewriter.progress import name_of, working
+from attn_rewriter.torch_private import CallbackArgs, CallbackTrigger, CompileContext, callback_handler
 
 WITHOUT_AOT = frozenset({"eager", "eager_noexcept", "eager_debug", "pre_dispatch_eager"})
 """Compilers that run the graph under PyTorch's autograd. (One that is given as a callable may do so.)"""
@@ -53,7 +53,7 @@ def _named(options: Options) -> Callable[..., Any]:
         return options.compiler
     if options.compiler == "inductor":
         # What torch.compile itself makes of its mode and options.
-        compiler = torch._TorchCompileInductorWrapper(options.mode, dict(options.compiler_options), None)
+        compiler = torch_private.TorchCompileInductorWrapper(options.mode, dict(options.compiler_options), None)
         if any(name.startswith("joint_custom_") for name in compiler.config):  # which replace those of the process
             compiler.config = kept_out(compiler.config)
         return compiler
@@ -62,7 +62,7 @@ def _named(options: Options) -> Callable[..., Any]:
         given["mode"] = options.mode
     if options.compiler_options:
         given["options"] = dict(options.compiler_options)
-    return functools.partial(torch._dynamo.lookup_backend(options.compiler), **given)
+    return functools.partial(torch_private.lookup_backend(options.compiler), **given)
 
 
 _number = count()

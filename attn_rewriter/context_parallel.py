@@ -14,16 +14,13 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 
-scaled_dot_product_attention: Callable[..., torch.Tensor] = torch._C._nn.scaled_dot_product_attention
-"""PyTorch's own function, whatever `F.scaled_dot_product_attention` has been replaced by."""
-
+from attn_rewriter import torch_private
+from attn_rewriter.torch_private import scaled_dot_product_attention
 
 _EXPERIMENTAL = "torch.distributed.tensor.experimental."
 
@@ -39,7 +36,7 @@ class Ring:
 def ring() -> Ring | None:
     """The ring of the block that we are in."""
     function: Any = F.scaled_dot_product_attention
-    if function is scaled_dot_product_attention:
+    if function is scaled_dot_product_attention:  # PyTorch's own: nothing has replaced it
         return None
     module = getattr(function, "__module__", None) or ""
     if not module.startswith(_EXPERIMENTAL):
@@ -83,7 +80,7 @@ def _watch(module: Any) -> None:
     before: list[dict[str, Any]] = []
 
     def hold() -> None:
-        before.append({name: getattr(torch._dynamo.config, name) for name in _SETTINGS})
+        before.append({name: getattr(torch_private.dynamo_config, name) for name in _SETTINGS})
         _set(_SETTINGS)
 
     @functools.wraps(begin)
@@ -107,9 +104,9 @@ def _watch(module: Any) -> None:
 
 
 def _differs(name: str) -> bool:
-    return bool(getattr(torch._dynamo.config, name) != _SETTINGS[name])
+    return bool(getattr(torch_private.dynamo_config, name) != _SETTINGS[name])
 
 
 def _set(settings: dict[str, Any]) -> None:
     for name, value in settings.items():
-        setattr(torch._dynamo.config, name, value)
+        setattr(torch_private.dynamo_config, name, value)

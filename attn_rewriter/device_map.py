@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.callback import CallbackArgs, callback_handler
+
+from attn_rewriter.torch_private import CallbackArgs, callback_handler, convert_frame
 
 NAME = "attn_rewriter"
 """What backends of this package are called."""
@@ -51,7 +52,7 @@ def _begins(args: CallbackArgs) -> None:
 
 
 def _is_dynamos(frame: FrameType) -> bool:
-    return frame.f_code.co_name == "_compile" and frame.f_globals.get("__name__") == "torch._dynamo.convert_frame"
+    return frame.f_code.co_name == "_compile" and frame.f_globals.get("__name__") == convert_frame.__name__
 
 
 def _is_ours(backend: Any) -> bool:

@@ -8,7 +8,6 @@ from typing import Any
 import sympy
 import torch
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from attn_rewriter.describe import Description
 from attn_rewriter.device import Device
@@ -21,6 +20,7 @@ from attn_rewriter.kernels.twice import twice_differentiable
 from attn_rewriter.patterns.axes import Step, extent, plan
 from attn_rewriter.spec import Size, same
 from attn_rewriter.splice import Splice, run
+from attn_rewriter.torch_private import GuardOnDataDependentSymNode
 
 
 def emit(

@@ -6,9 +6,9 @@ asked here.
 
 from __future__ import annotations
 
-from torch.autograd import forward_ad
+from attn_rewriter import torch_private
 
 
 def forward_gradients() -> bool:
     """Whether a level is alive, by `forward_ad.dual_level` or `torch.func.jvp`."""
-    return forward_ad._current_level >= 0
+    return torch_private.forward_level >= 0

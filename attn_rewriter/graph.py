@@ -22,12 +22,19 @@ import torch
 import torch.nn.functional as F
 from torch._functorch import predispatch
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, StrictMinMaxConstraint
-from torch.utils._pytree import tree_leaves
-from torch.utils._sympy.functions import Max, Min
 
 from attn_rewriter.errors import refuse
 from attn_rewriter.spec import Size, same
+from attn_rewriter.torch_private import (
+    GuardOnDataDependentSymNode,
+    HigherOrderOperator,
+    Max,
+    Min,
+    OpOverload,
+    OpOverloadPacket,
+    StrictMinMaxConstraint,
+    tree_leaves,
+)
 
 # Each row: canonical name(parameters): its spellings. A row names every parameter that matters, and a call that gives
 # anything else is not read. `*x` takes what is left of the positions, what follows a lone `*` comes by keyword alone,
@@ -391,7 +398,7 @@ def call(node: Any) -> Call | None:
         return None
     if node.op == "call_method":
         signature = _METHODS.get(str(node.target))
-    elif node.op == "call_function" and isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+    elif node.op == "call_function" and isinstance(node.target, (OpOverload, OpOverloadPacket)):
         # An operator is called like the function of its name, but for `tensor`, whose overloads each convert to a type.
         # Someone else's operators may be called anything. (Dynamo traces `x.mT` as a packet since 2.14.)
         packet: Any = getattr(node.target, "overloadpacket", node.target)
@@ -577,11 +584,11 @@ def _written(node: Node, modules: dict[str, Any]) -> list[Node]:
         given = inspect.signature(target).bind_partial(*node.args, **node.kwargs).arguments  # type: ignore[arg-type]
         condition, default, names = _STATEFUL[target]
         return _nodes([given.get(name) for name in names]) if given.get(condition, default) else []
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return _written_by(target, node)
-    if isinstance(target, torch._ops.OpOverloadPacket):
+    if isinstance(target, OpOverloadPacket):
         return [x for name in target.overloads() for x in _written_by(getattr(target, name), node)]
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(target, HigherOrderOperator):
         bodies = [modules.get(str(a.target)) for a in node.all_input_nodes if a.op == "get_attr"]
         found = [body for body in bodies if isinstance(body, GraphModule)]
         is_known = target.__name__ in _WRITES_AS_ITS_BODIES and found
@@ -594,7 +601,7 @@ def _written(node: Node, modules: dict[str, Any]) -> list[Node]:
     return [] if trusted and inspect.isroutine(target) else node.all_input_nodes
 
 
-def _written_by(overload: torch._ops.OpOverload, node: Node) -> list[Node]:
+def _written_by(overload: OpOverload, node: Node) -> list[Node]:
     """The arguments that an operator's schema says it writes into."""
     arguments = overload._schema.arguments
     given = dict(zip((a.name for a in arguments if not a.kwarg_only), node.args)) | node.kwargs

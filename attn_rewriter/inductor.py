@@ -27,9 +27,9 @@ _BEFORE, _AFTER = "joint_custom_pre_pass", "joint_custom_post_pass"
 def without_attention_patterns() -> AbstractContextManager[Any]:
     """While a graph is compiled, by whatever compiler: if it is Inductor, attention patterns find nothing."""
     try:
-        from torch._inductor import config
+        from attn_rewriter.torch_private import inductor_config
 
-        return config.patch(kept_out({name: getattr(config, name) for name in (_BEFORE, _AFTER)}))
+        return inductor_config.patch(kept_out({name: getattr(inductor_config, name) for name in (_BEFORE, _AFTER)}))
     except (ImportError, AttributeError) as error:
         _warn(str(error))
         return nullcontext()
@@ -48,9 +48,9 @@ def kept_out(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _warn(error: str) -> None:
     """Once: a graph is compiled right, but perhaps not what is left in it of attention."""
     warnings.warn(
-        "attn_rewriter can't keep PyTorch's own attention patterns out of the graphs that it hands to Inductor, as "
-        f"this version of PyTorch has other names: {error}. They may be wrong where a softmax is not along the last "
-        "dimension.",
+        "attn_rewriter can't keep PyTorch's own attention patterns out of the graphs that it hands to Inductor. They "
+        "may be wrong where a softmax is not along the last dimension. This version of PyTorch has other names: "
+        f"{error}",
         stacklevel=3,
     )
 
@@ -69,7 +69,7 @@ def _rename(graph: Graph, old: Any, new: Any) -> None:
 def _passes() -> tuple[type, type]:
     """The passes before and after Inductor's own, as classes of what it takes: made here, as importing it takes time
     where Inductor is not in use."""
-    from torch._inductor.custom_graph_pass import CustomGraphPass
+    from attn_rewriter.torch_private import CustomGraphPass
 
     class Pass(CustomGraphPass):
         """Ours, and what someone else wants to run in this place: a pass, several, or none."""

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.utils._pytree import tree_leaves
 
 from attn_rewriter.graph import Facts, inputs_of
+from attn_rewriter.torch_private import tree_leaves
 
 
 def open_checkpoints(facts: Facts) -> bool:

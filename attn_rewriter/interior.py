@@ -14,12 +14,11 @@ from torch._functorch import predispatch
 from torch.fx import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from attn_rewriter.describe import Description
 from attn_rewriter.errors import Refused
 from attn_rewriter.graph import Facts, holds, is_cheap
+from attn_rewriter.torch_private import TorchDispatchMode, tree_leaves, tree_map
 
 
 @dataclass(frozen=True)

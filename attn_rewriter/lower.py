@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from attn_rewriter.context_parallel import scaled_dot_product_attention
 from attn_rewriter.graph import Call, Facts, tensor
 from attn_rewriter.splice import Splice
+from attn_rewriter.torch_private import scaled_dot_product_attention
 
 NAME = "multi_head_attention_forward"
 

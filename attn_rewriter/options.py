@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Union
 
-import torch
-
+from attn_rewriter import torch_private
 from attn_rewriter.choose import Request, requested
 
 Compiler = Union[str, Callable[..., Any]]
@@ -54,7 +53,7 @@ class Options:
         if self.verify not in (False, True, "auto", "always"):
             raise ValueError(f'verify is "auto", True, "always" or False, not {self.verify!r}')
         if isinstance(self.compiler, str):
-            names = [name for name in torch._dynamo.list_backends(exclude_tags=()) if name != "attn_rewriter"]
+            names = [name for name in torch_private.list_backends(exclude_tags=()) if name != "attn_rewriter"]
             if self.compiler not in names:
                 raise ValueError(
                     f"unknown compiler {self.compiler!r}: choose from {', '.join(names)}, or give a callable"
@@ -65,10 +64,10 @@ class Options:
             self._check_inductor()
 
     def _check_inductor(self) -> None:
-        modes = [*torch._inductor.list_mode_options()]
+        modes = [*torch_private.list_mode_options()]
         if self.mode is not None and self.mode not in modes:
             raise ValueError(f"unknown mode {self.mode!r}: choose from {', '.join(modes)}")
-        known = {name.replace("-", "_") for name in torch._inductor.list_options()}
+        known = {name.replace("-", "_") for name in torch_private.list_options()}
         for name in self.compiler_options:
             if name.replace("-", "_") not in known:
                 raise ValueError(

@@ -12,7 +12,6 @@ from itertools import count
 from typing import TypeVar
 
 from torch.fx import GraphModule
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from attn_rewriter.autotune import times
 from attn_rewriter.choose import Request, choose, requested
@@ -33,6 +32,7 @@ from attn_rewriter.second_opinion import Opinions
 from attn_rewriter.sites import Check, SiteReport
 from attn_rewriter.spec import AttentionSpec
 from attn_rewriter.splice import share
+from attn_rewriter.torch_private import is_traceable_wrapper_subclass
 from attn_rewriter.withhold import withhold
 
 log = logging.getLogger("attn_rewriter")

@@ -28,9 +28,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 from torch.fx import Node
-from torch.utils._pytree import tree_map
 
 from attn_rewriter.buffers import HandedOn, buffer_of
 from attn_rewriter.contract import measured, worst
@@ -43,6 +41,7 @@ from attn_rewriter.kernels import KERNELS, Kernel
 from attn_rewriter.kernels.masking import holds, keep, keep_mask
 from attn_rewriter.patterns.axes import plan as steps
 from attn_rewriter.spec import AXES, Mask, Size
+from attn_rewriter.torch_private import FakeTensor, tree_map
 
 log = logging.getLogger("attn_rewriter")
 

@@ -9,16 +9,14 @@ from typing import Any
 
 import sympy
 import torch
-from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
-from torch.utils._sympy.interp import sympy_interp
-from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from attn_rewriter.buffers import ORIGIN
 from attn_rewriter.errors import refuse
 from attn_rewriter.graph import Facts, is_pure, size, tensor
 from attn_rewriter.spec import Size, same
+from attn_rewriter.torch_private import PythonReferenceAnalysis, enable_python_dispatcher, sympy_interp
 
 
 class Splice:

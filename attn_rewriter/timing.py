@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import torch
 
+from attn_rewriter import torch_private
+
 CYCLES = 2_000_000
 """Of a GPU's clock, in a millisecond."""
 
@@ -28,7 +30,7 @@ def milliseconds(
     if not (torch.cuda.is_initialized() if cuda is None else cuda):
         return seconds_of(steps) * 1e3 / calls
     if held_ms:
-        torch.cuda._sleep(int(held_ms * CYCLES))
+        torch_private.cuda_sleep(int(held_ms * CYCLES))
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     steps()

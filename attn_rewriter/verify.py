@@ -19,10 +19,9 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Interpreter, Node
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from attn_rewriter import torch_private
 from attn_rewriter.alone import by_itself
 from attn_rewriter.buffers import copied
 from attn_rewriter.contract import measured, worst
@@ -39,6 +38,7 @@ from attn_rewriter.pipeline import Plan, Settings, graphs, plan
 from attn_rewriter.progress import working
 from attn_rewriter.sites import Check
 from attn_rewriter.spec import Bias, Mask, Size
+from attn_rewriter.torch_private import FakeTensor, TorchDispatchMode
 
 _LOOKS = 8
 """How often a site is compared at most, if it is off at first: over all of these, one that was wrong once still is."""
@@ -153,7 +153,7 @@ class _Run(Interpreter):
             self.user_to_last_uses.setdefault(user, []).append(x)
 
     def run_node(self, n: Node) -> Any:
-        if n.target is torch._C._set_grad_enabled:
+        if n.target is torch_private.set_grad_enabled:
             return None
         module = self._body(n)
         inputs = None if module is None else inputs_of(n, module.graph)

@@ -13,17 +13,17 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch._dynamo import convert_frame, eval_frame
 from torch.fx import Node
 from torch.nn.modules import module
 
 from attn_rewriter.find import after, find
 from attn_rewriter.graph import Facts, module_path, tensor
 from attn_rewriter.splice import run
+from attn_rewriter.torch_private import CatchErrorsWrapper, eval_frame, global_forward_hooks
 
 _COPIES = {"cast", "copy", "detach", "permute", "reshape"}
 
-_CALLBACKS = {convert_frame.CatchErrorsWrapper.__call__.__code__}
+_CALLBACKS = {CatchErrorsWrapper.__call__.__code__}
 """What Python calls in place of a function that is to be compiled."""
 
 
@@ -59,7 +59,7 @@ def _hands_on(frame: FrameType) -> bool:
     transformers."""
     name = frame.f_globals.get("__name__", "")
     if name == module.__name__:
-        return not (frame.f_locals["self"]._forward_hooks or module._global_forward_hooks)
+        return not (frame.f_locals["self"]._forward_hooks or global_forward_hooks)
     return name == "attn_rewriter.api" or name.startswith("transformers.")
 
 

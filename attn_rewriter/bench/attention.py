@@ -27,6 +27,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from attn_rewriter import torch_private
 from attn_rewriter.api import explain
 from attn_rewriter.bench import run
 from attn_rewriter.bench.measure import GIB, Cell, Results, peak_bytes_of, positive, time_step, to_eager
@@ -136,7 +137,7 @@ def measure(case: Case, direction: str, kernel: str, device: str, dtype: torch.d
 
     whole = both if training else forward
     # Many backward passes read what one forward pass kept: Inductor may not use that memory for something else.
-    with torch._functorch.config.patch(donated_buffer=False):
+    with torch_private.functorch_config.patch(donated_buffer=False):
         answer = whole()
         taken = run.used(function, kernel)
         if training:

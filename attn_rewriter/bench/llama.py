@@ -46,6 +46,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attn_rewriter import torch_private
 from attn_rewriter.api import report_of
 from attn_rewriter.bench import models, run
 from attn_rewriter.bench.measure import GIB, OUT_OF_MEMORY, Cell, Results, positive, time_step
@@ -248,7 +249,7 @@ def measure(
     torch.manual_seed(1)
     step = WORKLOADS[column.kind](model, column.batch, column.tokens)
     try:
-        with models.from_scratch(device, compiler), torch._dynamo.config.patch(suppress_errors=row.may_break):
+        with models.from_scratch(device, compiler), torch_private.dynamo_config.patch(suppress_errors=row.may_break):
             answer, cell = time_step(step, sample, repeat, patience=run.PATIENCE, settle_s=SETTLE_S)
     finally:
         whole.zero_grad(set_to_none=True)

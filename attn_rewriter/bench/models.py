@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch._inductor.utils import fresh_cache
 
 from attn_rewriter.api import optimize
 from attn_rewriter.bench import run
 from attn_rewriter.bench.measure import Cell
 from attn_rewriter.report import Report
+from attn_rewriter.torch_private import fresh_cache
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # of Python 3.10 as well

@@ -19,8 +19,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch._higher_order_ops.flex_attention import flex_attention
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.attention.flex_attention import BlockMask
 
 from attn_rewriter.device import Device
@@ -41,6 +39,7 @@ from attn_rewriter.spec import (
     Shapes,
     TensorMask,
 )
+from attn_rewriter.torch_private import flex_attention, statically_known_true, tree_leaves
 
 _MIN_HEAD_DIM = {"cuda": 16, "cpu": 24}
 """Of a Triton matrix product; and of one in C++: with vectors of 8 numbers (AVX2), one of 8 or 16 features writes eight
@@ -226,10 +225,10 @@ class _RowMajor(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        import torch._inductor.inductor_prims  # registers the operator; takes seconds where Inductor is not in use
+        from attn_rewriter.torch_private import force_stride_order  # takes seconds where Inductor is not in use
 
         strides = [*accumulate(reversed(x.shape[1:]), operator.mul, initial=1)]
-        return torch.ops.prims.inductor_force_stride_order.default(x, strides[::-1])
+        return force_stride_order(x, strides[::-1])
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
@@ -294,7 +293,7 @@ class _Attend(AsNode):
 
     def fake(self, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """What `run` gives for fake tensors. (The operator can't make its backward graph among Dynamo's.)"""
-        leaves = [x for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, torch.Tensor)]
+        leaves = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
         with torch.no_grad():
             results = self.run(*args)
         differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in leaves)

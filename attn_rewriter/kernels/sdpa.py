@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from attn_rewriter.context_parallel import ring, scaled_dot_product_attention
+from attn_rewriter.context_parallel import ring
 from attn_rewriter.device import Device
 from attn_rewriter.kernels.base import Kernel, Limits, Tensors
 from attn_rewriter.kernels.blocks import AsNode
@@ -26,6 +26,7 @@ from attn_rewriter.kernels.fully_masked import (
 )
 from attn_rewriter.kernels.masking import keep_mask, scaled_query, sink_scores, summed_bias
 from attn_rewriter.spec import AttentionSpec, Band, Bias, Shapes, same
+from attn_rewriter.torch_private import scaled_dot_product_attention
 
 _HALF = (torch.float16, torch.bfloat16)
 

@@ -23,6 +23,7 @@ from attn_rewriter.kernels.blocks import AsNode
 from attn_rewriter.kernels.masking import coordinates, holds
 from attn_rewriter.kernels.reference import Reference
 from attn_rewriter.spec import AttentionSpec, Mask, Modifier, Shapes
+from attn_rewriter.torch_private import is_functorch_wrapped_tensor
 
 
 def twice_differentiable(result: Any, spec: AttentionSpec, shapes: Shapes, device: Device, tensors: Tensors) -> Any:
@@ -64,12 +65,9 @@ class _Twice(AsNode):
         return Reference()(replace(self.spec, modifiers=tuple(modifiers)), self.shapes, self.device, tensors)
 
 
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-
-
 def _is_plain(x: Any) -> bool:
     """Whether this is run, not traced by AOTAutograd, nor within a transform of `torch.func`."""
-    return not isinstance(x, Tensor) or (type(x) in (Tensor, torch.nn.Parameter) and not _is_wrapped(x))
+    return not isinstance(x, Tensor) or (type(x) in (Tensor, torch.nn.Parameter) and not is_functorch_wrapped_tensor(x))
 
 
 class _TwoWaysBack(torch.autograd.Function):
