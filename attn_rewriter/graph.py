@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import sympy
 import torch
 import torch.nn.functional as F
-from torch._functorch import predispatch
 from torch.fx import Graph, GraphModule, Node
 
 from attn_rewriter.errors import refuse
@@ -33,6 +32,7 @@ from attn_rewriter.torch_private import (
     OpOverload,
     OpOverloadPacket,
     StrictMinMaxConstraint,
+    predispatch,
     tree_leaves,
 )
 
@@ -687,8 +687,8 @@ class Facts:
             self._regions[node] = region
             region = region.after(node)
             for written in _written(node, self.modules):
-                if (storage := _storage(written)) is not None:
-                    self._writes.setdefault(storage, []).append(node)
+                if tensor(written) is not None:
+                    self._writes.setdefault(_storage(written), []).append(node)
 
     def call(self, node: Any) -> Call | None:
         if node not in self._calls:
@@ -743,8 +743,9 @@ class Facts:
         return between[-1]
 
     def writes(self, node: Node) -> list[Node]:
-        """The nodes that may change the contents of a tensor, or of what shares its memory."""
-        return self._writes.get(_storage(node), [])
+        """The nodes that may change the contents of a tensor, or of what shares its memory. (Of tensors whose memory
+        nobody knows, as within `torch.vmap`, any may share that of another one.)"""
+        return self._writes.get(_storage(node), []) if tensor(node) is not None else []
 
     def written(self, node: Node) -> list[Node]:
         """The arguments whose contents a node may change."""
@@ -776,7 +777,8 @@ class Facts:
         self.inserted += new
         self.position.update(dict.fromkeys(new, self.position[old]))
         self._regions.update(dict.fromkeys(new, self._regions[old]))
-        self._writes[_storage(result)] = self.writes(old)
+        if (storage := _storage(result)) is not None:
+            self._writes[storage] = self.writes(old)
         for user in old.users:
             self._calls.pop(user, None)
         old.replace_all_uses_with(result)
@@ -827,7 +829,9 @@ def same_storage(a: Node, b: Node) -> bool:
 def same_view(a: Node, b: Node) -> bool:
     """Whether two nodes stand for the same elements of the same tensor, and gradients flow alike through both."""
     x, y = tensor(a), tensor(b)
-    if x is None or y is None or _storage(a) != _storage(b) or x.requires_grad != y.requires_grad:
+    if x is None or y is None or _storage(a) is None:
+        return a is b
+    if _storage(a) != _storage(b) or x.requires_grad != y.requires_grad:
         return False
     sizes = [(size(m), size(n)) for m, n in zip((*x.shape, *x.stride()), (*y.shape, *y.stride()))]
     return (

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch import predispatch
 from torch.fx import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -18,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from attn_rewriter.describe import Description
 from attn_rewriter.errors import Refused
 from attn_rewriter.graph import Facts, holds, is_cheap
-from attn_rewriter.torch_private import TorchDispatchMode, tree_leaves, tree_map
+from attn_rewriter.torch_private import TorchDispatchMode, predispatch, tree_leaves, tree_map
 
 
 @dataclass(frozen=True)

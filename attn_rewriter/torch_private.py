@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # the types of the names below
     from torch._dynamo.convert_frame import CatchErrorsWrapper
     from torch._dynamo.exc import ShortenTraceback, TorchDynamoException
     from torch._functorch import config as functorch_config
+    from torch._functorch import predispatch
     from torch._guards import CompileContext, TracingContext, tracing
     from torch._higher_order_ops.flex_attention import flex_attention
     from torch._inductor import config as inductor_config
@@ -113,6 +114,7 @@ NAMES = {
     "is_traceable_wrapper_subclass": Private(
         "torch.utils._python_dispatch.is_traceable_wrapper_subclass", "notice tensors that wrap others"
     ),
+    "predispatch": Private("torch._functorch.predispatch", "read masks that torch.vmap makes"),
     "scaled_dot_product_attention": Private(
         "torch._C._nn.scaled_dot_product_attention", "call PyTorch's own, whatever replaces it in torch.nn.functional"
     ),

@@ -228,7 +228,7 @@ class MaskReader:
         last, dtype = writes[-1], _dtype(node)
         if last.target is operator.setitem:
             base, index, value = last.args
-            inside, there = self._place(facts, base, node, at)  # type: ignore[arg-type]
+            inside, there = self._place(facts, base, node, at)
             here, there = _selected(index, there, shape(base))  # type: ignore[arg-type]
             if isinstance(value, Node) and same_storage(value, node):
                 raise Unreadable("a part of a tensor that is written into another part")

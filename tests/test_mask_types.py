@@ -280,7 +280,7 @@ OTHERWISE: dict[str, Callable[[], Tensor]] = {
     "a diagonal": lambda: (x := ones(BOOL), x.diagonal().logical_not_())[0],
     "a transposed view": lambda: (x := ones(BOOL), x.mT[2:4].logical_not_())[0],
     "a view taken before the whole changes": lambda: (x := ones(I64), y := x[1:3], x.mul_(3), y.add_(1))[0] == 4,
-    "a view that is read after the whole changes": lambda: (x := ones(I64), y := x[:], x[1:].mul_(3))[1] == 3,
+    "a view that is read after the whole changes": lambda: (x := ones(I64), x[:], x[1:].mul_(3))[1] == 3,
     "a fraction into integers": lambda: written(ones(I64), (ALL, slice(2)), 2.7) == 2,
     "a number into bytes": lambda: written(ones(U8), (ALL, slice(2)), torch.tensor(300)) == 44,
     "values, rounded": lambda: INPUTS[KV_LEN, I64].float() == 3,

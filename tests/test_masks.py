@@ -295,6 +295,70 @@ def flags_as_numbers(x: Inputs) -> Tensor:
     return x.narrow[:, None, None, : len(x.j)] != 0
 
 
+def mapped(keep: Callable[..., Tensor], x: Inputs) -> Tensor:
+    """As transformers 4.57 makes its masks, of a function of four integers."""
+    for axis in reversed(range(4)):
+        keep = torch.vmap(keep, in_dims=tuple(0 if i == axis else None for i in range(4)), out_dims=0)
+    return keep(torch.arange(len(x.length)), torch.arange(1), x.i, x.j)
+
+
+@says("causal and key padding")
+def mapped_padding(x: Inputs) -> Tensor:
+    at = torch.ops.aten.index
+    return mapped(lambda b, h, q, k: (k <= q) & at(x.flags, [b, k]) & q.new_ones((), dtype=torch.bool), x)
+
+
+@says("causal and documents")
+def mapped_documents(x: Inputs) -> Tensor:
+    at = torch.ops.aten.index
+    of_query, of_key = x.ids[:, : len(x.i)], x.ids[:, : len(x.j)]
+    return mapped(lambda b, h, q, k: (at(of_query, [b, q]) == at(of_key, [b, k])) & (k <= q), x)
+
+
+@says("causal, sliding window 3")
+def mapped_from_the_last(x: Inputs) -> Tensor:
+    """The keys by columns, and the result the other way round."""
+    keys = x.j[:, None].expand(-1, 2)
+    of_key = torch.vmap(lambda q, k: (k[0] <= q) & (k[1] > q - 3), in_dims=(None, -2), out_dims=-1)
+    return torch.vmap(of_key, in_dims=(0, None), out_dims=1)(x.i, keys).mT
+
+
+def _padding_in_a_slice(x: Inputs, values: Tensor, dtype: torch.dtype) -> Tensor:
+    low, n = torch.finfo(dtype).min, len(x.j)
+    mask = torch.full((len(x.i), n), low, dtype=dtype).triu(1)
+    mask *= x.j > x.i[:, None]
+    mask = mask[None, None].expand(len(values), 1, -1, -1).clone()
+    padding = mask[:, :, :, :n] + values[:, None, None, :n]
+    mask[:, :, :, :n] = mask[:, :, :, :n].masked_fill(padding == 0, low)
+    return mask == 0
+
+
+@says("causal and key padding")
+def padding_in_a_slice(x: Inputs) -> Tensor:
+    """transformers 4.44 to 4.51."""
+    return _padding_in_a_slice(x, x.narrow, torch.float32)
+
+
+@says("causal and key padding")
+def padding_in_a_slice_of_half(x: Inputs) -> Tensor:
+    return _padding_in_a_slice(x, x.wild, torch.bfloat16)
+
+
+def test_a_write_within_vmap_through_another_name() -> None:
+    """Whose memory is whose, nobody knows there."""
+
+    def keep(q: Tensor, k: Tensor) -> Tensor:
+        after = k > q
+        after.view(()).logical_not_()
+        return after
+
+    def mask(x: Inputs) -> Tensor:
+        return torch.vmap(torch.vmap(keep, in_dims=(None, 0)), in_dims=(0, None))(x.i, x.j)
+
+    (read,) = assert_read(mask, filled, [inputs(SIZES[0])])
+    assert any(read.tensors())
+
+
 @pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("name", NAMED)
 def test_named(name: str, dynamic: bool | None) -> None:
