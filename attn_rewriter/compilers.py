@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,15 @@ from attn_rewriter.device_map import NAME, watch
 from attn_rewriter.inductor import kept_out, without_attention_patterns
 from attn_rewriter.options import Options
 from attn_rewriter.progress import name_of, working
-from attn_rewriter.torch_private import CallbackArgs, CallbackTrigger, CompileContext, callback_handler
+from attn_rewriter.torch_private import (
+    CallbackArgs,
+    CallbackTrigger,
+    CompileContext,
+    TorchRuntimeError,
+    callback_handler,
+)
+
+log = logging.getLogger("attn_rewriter")
 
 WITHOUT_AOT = frozenset({"eager", "eager_noexcept", "eager_debug", "pre_dispatch_eager"})
 """Compilers that run the graph under PyTorch's autograd. (One that is given as a callable may do so.)"""
@@ -81,7 +90,18 @@ def compiled_again(graph: GraphModule, backend: Callable[..., Any]) -> Callable[
     def forward(*args: Any) -> Any:
         return graph(*args)
 
-    return torch.compile(with_own_code(forward), backend=Again(backend))
+    compiled = torch.compile(with_own_code(forward), backend=Again(backend))
+
+    def call(*args: Any) -> Any:
+        try:
+            return compiled(*args)
+        except TorchRuntimeError as error:
+            # PyTorch knows less of a size that is a number by now than it knew of one of a tensor, and raises for some
+            # regions then (`torch.cond`, 2.13).
+            log.debug("a graph can't be traced once more", exc_info=error)
+            return graph(*args)
+
+    return call
 
 
 @dataclass(frozen=True)

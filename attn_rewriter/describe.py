@@ -404,7 +404,9 @@ class _Reading:
         for step, name in zip(steps, names):
             modifier = self._modifier(step, name, score_dtype)
             # A clamp that changes no score that is seen still changes where hidden ones end.
-            done.append(Done(step.what if isinstance(step.what, Clamp) else modifier, step.dtype))
+            # PyTorch's own attention adds in float32 at least, where float16's lowest number swallows no score.
+            dtype = step.dtype if self.site.softmax else torch.promote_types(step.dtype, torch.float32)
+            done.append(Done(step.what if isinstance(step.what, Clamp) else modifier, dtype))
             if modifier is None:
                 shifted = shifted or isinstance(step.what, Shift)
                 continue

@@ -385,6 +385,10 @@ class _Site:
     def _compared(self, values: Mapping[Node, Any]) -> str:
         specified = self._specified(values)
         read, eager = (self._exactly(compute, values, specified) for compute in (self._spec, self._eager))
+        if any((a.isnan() & ~b.isnan()).any() for a, b in zip(read, eager)):
+            # Where float64 holds a fill that is infinite in the model's own type, that type decides.
+            own = self._results(self._eager, values, specified)
+            eager = [torch.where(a.isnan() & x.isnan(), a, b) for a, b, x in zip(read, eager, own)]
         for what, a, b in zip(_what(), read, eager):
             if what == "gradients":  # where eager code has none, nothing is asked
                 a = a.where(b.isfinite(), b)

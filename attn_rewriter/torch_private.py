@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # the types of the names below
     from torch._dynamo import convert_frame, eval_frame, list_backends, lookup_backend
     from torch._dynamo.callback import CallbackArgs, CallbackTrigger, callback_handler
     from torch._dynamo.convert_frame import CatchErrorsWrapper
-    from torch._dynamo.exc import ShortenTraceback, TorchDynamoException
+    from torch._dynamo.exc import ShortenTraceback, TorchDynamoException, TorchRuntimeError
     from torch._functorch import config as functorch_config
     from torch._functorch import predispatch
     from torch._guards import CompileContext, TracingContext, tracing
@@ -72,6 +72,7 @@ NAMES = {
     "ShortenTraceback": Private("torch._dynamo.exc.ShortenTraceback", "tell whether a compiler failed"),
     "TorchCompileInductorWrapper": Private("torch._TorchCompileInductorWrapper", "compile as torch.compile does"),
     "TorchDynamoException": Private("torch._dynamo.exc.TorchDynamoException", "tell whether a compiler failed"),
+    "TorchRuntimeError": Private("torch._dynamo.exc.TorchRuntimeError", "tell whether a graph can't be traced again"),
     "callback_handler": Private("torch._dynamo.callback.callback_handler", "be told when a compilation begins"),
     "convert_frame": Private("torch._dynamo.convert_frame", "find the model that is being compiled"),
     "dynamo_config": Private("torch._dynamo.config", "say when Dynamo may give up"),

@@ -391,6 +391,12 @@ MATRICES = (
     "torch.ones({n}, {m}, dtype=torch.bool).tril_(1)",
     "torch.empty({n}, {m}).fill_(-1.0).triu_(1) == 0",
     "torch.ones({n}, 1, dtype=torch.bool).expand({n}, {m})",
+    "torch.vmap(torch.vmap(lambda i, j: j <= i, (None, 0)), (0, None))(torch.arange({n}), torch.arange({m}))",
+    "torch.vmap(torch.vmap(lambda j, i: (j > i - 3) & (j <= i), (0, None)), (None, 0), 1)(torch.arange({m}), "
+    "torch.arange({n})).T",
+    "torch.vmap(lambda i: torch.arange({m}) <= i)(torch.arange({n}))",
+    "torch.vmap(lambda row: row.roll(1), 0)(torch.ones({n}, {m}, dtype=torch.bool).tril())",
+    "torch.vmap(torch.logical_not, 1, -1)(torch.ones({n}, {m}, dtype=torch.bool).triu(1))",
 )
 """Masks `[n, m]` of no data."""
 
@@ -450,6 +456,10 @@ PADDING = (
     "torch.roll(pad, 1, dims=-1)[:, None, None, :]",
     "torch.where(pad, 0.0, float('-inf'))[:, None, None, :] == 0",
     "pad[:, None, None, :].logical_or(torch.arange({m}) == 0)",
+    "torch.vmap(lambda row: row[None] & torch.ones({n}, {m}, dtype=torch.bool).tril())(pad)[:, None]",
+    "torch.vmap(lambda a, b: a[:, None] == b[None])(documents_q, documents)[:, None]",
+    "(torch.full(({n}, {m}), -1e30).triu(1) + numbers[:, None, None, :]) != 0",
+    "(torch.ones({n}, {m}).tril() + numbers[:, None, None, :].float()) > 1.5",
 )
 """Masks of inputs: `[b, 1, 1, m]` or larger."""
 
