@@ -751,6 +751,17 @@ class AttentionSpec:
         """What all masks together keep."""
         return conjunction(m.keep for m in self.modifiers if isinstance(m, Mask))
 
+    @property
+    def may_mask(self) -> bool:
+        """Whether a bias may hide all keys of a row."""
+        return self.sinks is None and any(isinstance(m, Bias) and m.may_mask for m in self.modifiers)
+
+    @property
+    def hides_over(self) -> frozenset[str]:
+        """The axes over which it varies which keys are hidden."""
+        axes = {axis for m in self.modifiers if isinstance(m, Bias) and m.may_mask for axis in m.axes}
+        return frozenset(axes | self.keep.varies_over())
+
     def affine(self) -> AffineForm | str:
         """The modifiers as an `AffineForm`, or the reason why they are none."""
         scale = 1.0

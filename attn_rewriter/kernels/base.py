@@ -72,7 +72,8 @@ class Kernel:
     of tensors, and takes sizes and types from `shapes`. Optional packages are imported in `attend` alone.
     It says in `varies` where it is not deterministic.
     One that attends to the keys of all processes within `context_parallel()` says `goes_round`. One that computes rows
-    without a key by what the model's masks add to the scores, be it a different number for each key, says `adds_fills`.
+    without a key by what the model's masks add to the scores, be it a different number for each key, says `adds_fills`;
+    one that gives the scores of such rows their gradients whatever the weights are says so in `goes_through_scores`.
     """
 
     name: str
@@ -110,7 +111,25 @@ class Kernel:
         if rows == "mean, added" and shapes.needs_backward and (learned or bent) and not self.adds_fills:
             what = "biases" if learned else "scores that are capped"
             return [f"gives no gradient to {what} from rows that see no key"]
-        return []
+        added = spec.may_mask or rows == "mean, added"
+        return self.no_closed_gradient(spec, shapes) if added and not self.goes_through_scores(shapes) else []
+
+    def goes_through_scores(self, shapes: Shapes) -> bool:
+        """Whether scores of rows without a key get their gradients whatever the weights of these rows are."""
+        return False
+
+    @staticmethod
+    def no_closed_gradient(spec: AttentionSpec, shapes: Shapes) -> list[str]:
+        """Why rows without a key, of scores to which masks are added, have no gradients that a product with one matrix
+        for each head gives (`fully_masked.gradient_of_weights`)."""
+        if not shapes.needs_backward:
+            return []
+        reasons = []
+        if spec.may_mask and ("query" in spec.hides_over or ("head" in spec.hides_over and shapes.is_gqa)):
+            reasons.append("gives keys no gradient from rows that numbers handed in hide, other ones for each query")
+        if spec.dropout_p:
+            reasons.append("gives keys no gradient, where weights are dropped, from rows that see no key")
+        return reasons
 
     def varies(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> str:
         """Why its result, or in training a gradient, differs from run to run on the same inputs; empty where it is

@@ -11,7 +11,7 @@ import torch
 
 from attn_rewriter.device import Device
 from attn_rewriter.kernels.base import Kernel, Limits, Tensors
-from attn_rewriter.kernels.fully_masked import lifted_rows, may_mask
+from attn_rewriter.kernels.fully_masked import lifted_rows
 from attn_rewriter.kernels.masking import bias_terms, keep_mask, scaled_query, sink_scores
 from attn_rewriter.packages import unimportable
 from attn_rewriter.spec import AttentionSpec, Mask, Modifier, ScaleBy, Shapes, Softcap
@@ -109,7 +109,7 @@ class Decode(Kernel):
         biases = bias_terms(form.biases, tensors)
         sinks = None if spec.sinks is None else sink_scores(spec.sinks, tensors)
         keep = keep_mask(masks, shapes, tensors)
-        if may_mask(spec) or spec.fully_masked_rows == "by fill":
+        if spec.may_mask or spec.fully_masked_rows == "by fill":
             lifted, rows = lifted_rows(spec, shapes, tensors)
             biases, keep = [lifted], None if keep is None else keep | rows
             query = torch.where(rows, query.new_zeros(()), query)

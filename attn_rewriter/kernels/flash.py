@@ -31,7 +31,7 @@ from attn_rewriter.errors import is_out_of_memory
 from attn_rewriter.hidden import hidden_from
 from attn_rewriter.kernels.base import FUSED_HEAD_DIM, Kernel, Limits, Tensors
 from attn_rewriter.kernels.blocks import mask_names
-from attn_rewriter.kernels.fully_masked import completed, gradient_of_lifted, lifted_rows, lost, may_mask
+from attn_rewriter.kernels.fully_masked import completed, gradient_of_lifted, lifted_rows, lost
 from attn_rewriter.kernels.masking import bias_terms, scaled_query, sink_scores
 from attn_rewriter.packages import unimportable, version
 from attn_rewriter.spec import (
@@ -172,7 +172,7 @@ class Flash(Kernel):
             reasons += self.no_mask(form, shapes, device)
             if not reasons and next(form.mask.sizes(), None) is not None:
                 reasons.append("takes masks whose lengths and offsets are known")
-        if may_mask(spec) and spec.keep != EVERY_KEY:
+        if spec.may_mask and spec.keep != EVERY_KEY:
             reasons.append("takes no mask beside a bias that may be one, too")
         if spec.dropout_p and not self.has_dropout:
             reasons.append("has no dropout")
@@ -240,11 +240,11 @@ def attend(
     terms = bias_terms(((str(bias.tensor), bias.factor) for bias in form.biases), tensors)
     gradient: Tensor | None = None
     lifted: Tensor | None = None
-    if may_mask(spec):
+    if spec.may_mask:
         lifted, rows = lifted_rows(spec, shapes, tensors)
         terms = [lifted]
         if shapes.needs_backward:
-            gradient = gradient_of_lifted(lifted, rows, query, scale, shapes, tensors)
+            gradient = gradient_of_lifted(query, scale, spec, shapes, tensors)
         query = torch.where(rows, query.new_zeros(()), query)
     biases = [bias.masked_fill(bias <= lowest, float("-inf")) for bias in terms]
     window = (-1 if side is None else side for side in (form.left, form.right))

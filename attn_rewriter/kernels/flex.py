@@ -24,7 +24,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from attn_rewriter.device import Device
 from attn_rewriter.kernels.base import FUSED_HEAD_DIM, Kernel, Limits, Tensors
 from attn_rewriter.kernels.blocks import BLOCK, AsNode, block_mask, in_memory, mask_names, perhaps_masks
-from attn_rewriter.kernels.fully_masked import completed, lifted_rows, lost, may_mask, rows_without_keys
+from attn_rewriter.kernels.fully_masked import completed, lifted_rows, lost, rows_without_keys
 from attn_rewriter.kernels.masking import element, holds, modified
 from attn_rewriter.spec import (
     AXES,
@@ -89,6 +89,9 @@ class Flex(Kernel):
         unknown = shapes.needs_backward and device.platform not in ("cpu", "cuda")
         return f"may have a backward pass that varies on {device}" if unknown else ""
 
+    def goes_through_scores(self, shapes: Shapes) -> bool:
+        return True
+
     def attend(self, spec: AttentionSpec, shapes: Shapes, device: Device, tensors: Tensors) -> torch.Tensor:
         query, key, value = tensors["query"], tensors["key"], tensors["value"]
         dtype = shapes.product_dtype or shapes.dtype
@@ -107,7 +110,7 @@ class Flex(Kernel):
         keep = spec.keep.within(shapes.q_len, shapes.kv_len)
         varies = keep.varies_over()
         made: dict[Any, Any] = {}  # tensors that take part beside the model's own
-        if may_mask(spec) or spec.fully_masked_rows == "by fill":
+        if spec.may_mask or spec.fully_masked_rows == "by fill":
             # In memory, because Inductor fails on what is read by both functions and not laid out yet (2.11).
             made["levels"], made["rows"] = (in_memory(x) for x in lifted_rows(spec, shapes, tensors, biases=False))
             masking = [m for m in modifiers if isinstance(m, Bias) and m.may_mask]

@@ -114,18 +114,52 @@ def mean_of_values(spec: AttentionSpec, shapes: Shapes, tensors: Tensors) -> Ten
 
 
 def gradient_of_equal_weights(query: Tensor, scale: float, shapes: Shapes, tensors: Tensors) -> Tensor:
-    """Zeros, with the gradients that equal weights give to query and key, `[batch, num_heads, q_len, head_dim_v]`.
+    """As `gradient_of_weights` where all keys of a row weigh the same."""
+    equal = tensors["query"].new_full((1, 1, 1, 1), 1.0) / tensors["key"].size(-2)
+    return gradient_of_weights(equal, query, scale, shapes, tensors)
 
-    With weights `1 / n`, the gradient of a score is that of `score * (value - mean of values) / n`. Summed over the
-    keys this is linear in the query: a product with one matrix for each head, the covariance of keys and values.
+
+def gradient_of_weights(weights: Tensor, query: Tensor, scale: float, shapes: Shapes, tensors: Tensors) -> Tensor:
+    """Zeros, with the gradients that weights which the scores have no part in give to query and key,
+    `[batch, num_heads, q_len, head_dim_v]`; the weights are `[batch, 1, 1, kv_len]`, or broadcast to that.
+
+    The gradient of a score is that of `score * weight * (value - weighted mean of values)`. Summed over the keys this
+    is linear in the query: a product with one matrix for each head, the covariance of keys and values.
     """
     key, value = tensors["key"], tensors["value"].detach()
-    centered = (value - value.mean(-2, keepdim=True)) / value.size(-2)
+    weights = weights.expand(-1, -1, -1, value.size(-2)).mT
+    centered = (value - (value * weights).sum(-2, keepdim=True)) * weights
     covariance = key.mT @ centered
     if shapes.is_gqa:
         covariance = covariance.repeat_interleave(shapes.num_groups, dim=1)
     linear = (query * scale) @ covariance
     return linear - linear.detach()
+
+
+def faint(
+    query: Tensor, value: Tensor, mask: Tensor | None, rows: Tensor, shapes: Shapes
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A query, values, and what is added to the scores, for a kernel whose output `loud` then makes right: the scores
+    of `rows` are next to nothing there, and have their gradients.
+
+    The scores of a row become smaller by a factor that rounding does not see. The gradient of its output is to become
+    larger by as much, so that query and key get what they should, but not for the values: these stand beside
+    themselves once more, to get no gradient, and the larger one goes through them. It is taken back from biases."""
+    factor = _faint(shapes)
+    if mask is not None and shapes.learned:
+        mask = torch.where(rows & mask.isfinite(), mask.detach() + (mask - mask.detach()) * factor, mask)
+    return torch.where(rows, query * factor, query), torch.cat([value, value.detach()], -1), mask
+
+
+def loud(output: Tensor, rows: Tensor, shapes: Shapes) -> Tensor:
+    """The output of a kernel that was given what `faint` makes."""
+    output, again = output.chunk(2, dim=-1)
+    again = (again - again.detach()) / _faint(shapes)
+    return output + torch.where(rows, again, again.new_zeros(()))
+
+
+def _faint(shapes: Shapes) -> float:
+    return 2.0**-80 if shapes.dtype == torch.float64 else 2.0**-40
 
 
 def lifted_rows(spec: AttentionSpec, shapes: Shapes, tensors: Tensors, biases: bool = True) -> tuple[Tensor, Tensor]:
@@ -174,15 +208,9 @@ def lost(output: Tensor, lifted: Tensor, spec: AttentionSpec, shapes: Shapes) ->
     return torch.where((lifted == float("-inf")).all(-1, keepdim=True), float("nan"), output)
 
 
-def may_mask(spec: AttentionSpec) -> bool:
-    """Whether a bias may hide all keys of a row."""
-    return spec.sinks is None and any(isinstance(m, Bias) and m.may_mask for m in spec.modifiers)
-
-
-def gradient_of_lifted(
-    lifted: Tensor, rows: Tensor, query: Tensor, scale: float, shapes: Shapes, tensors: Tensors
-) -> Tensor:
-    """Zeros, with the gradients that rows which `lifted_rows` lifts give to query and key where all their weights are
-    equal. Where they are not, keys get none."""
-    gradient = gradient_of_equal_weights(query, scale, shapes, tensors)
-    return torch.where(rows & (lifted == 0).all(-1, keepdim=True), gradient, gradient.new_zeros(()))
+def gradient_of_lifted(query: Tensor, scale: float, spec: AttentionSpec, shapes: Shapes, tensors: Tensors) -> Tensor:
+    """Zeros, with the gradients of rows that `lifted_rows` lifts, where these are all rows of a head."""
+    levels, rows = lifted_rows(spec, shapes, tensors, biases=False)
+    weights = levels.softmax(-1).masked_fill(levels.amax(-1, keepdim=True) == float("-inf"), 0.0)
+    gradient = gradient_of_weights(weights, query, scale, shapes, tensors)
+    return torch.where(rows, gradient, gradient.new_zeros(()))

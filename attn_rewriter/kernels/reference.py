@@ -9,7 +9,7 @@ from attn_rewriter.device import Device
 from attn_rewriter.kernels.base import Kernel, Tensors
 from attn_rewriter.kernels.fully_masked import lifted_rows
 from attn_rewriter.kernels.masking import keep_mask, modified
-from attn_rewriter.spec import AttentionSpec, Mask, Shapes
+from attn_rewriter.spec import AttentionSpec, Bias, Mask, Shapes
 
 
 class Reference(Kernel):
@@ -17,6 +17,9 @@ class Reference(Kernel):
 
     name = "reference"
     adds_fills = True
+
+    def goes_through_scores(self, shapes: Shapes) -> bool:
+        return True
 
     def varies(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> str:
         return ""  # operations of PyTorch, each of which sees to it by itself
@@ -27,12 +30,17 @@ class Reference(Kernel):
             key = key.repeat_interleave(shapes.num_groups, dim=1)
             value = value.repeat_interleave(shapes.num_groups, dim=1)
         scores = query @ key.transpose(-2, -1)
+        product = scores  # and what it is scaled by
         for modifier in spec.modifiers:
             if not isinstance(modifier, Mask):
                 scores = modified(scores, modifier, tensors)
+                product = product if isinstance(modifier, Bias) else modified(product, modifier, tensors)
         keep = keep_mask((m for m in spec.modifiers if isinstance(m, Mask)), shapes, tensors)
         if keep is not None:
             scores = self._masked(scores, keep, spec, shapes, tensors)
+        if spec.may_mask:
+            lifted, rows = lifted_rows(spec, shapes, tensors)
+            scores = torch.where(rows, lifted + (product - product.detach()), scores)
         if spec.sinks is not None:
             sinks = tensors[spec.sinks] if isinstance(spec.sinks, str) else scores.new_full((), spec.sinks)
             scores = torch.cat([scores, sinks.expand_as(scores[..., :1])], dim=-1)

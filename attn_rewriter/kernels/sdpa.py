@@ -18,11 +18,12 @@ from attn_rewriter.device import Device
 from attn_rewriter.kernels.base import Kernel, Limits, Tensors
 from attn_rewriter.kernels.blocks import AsNode
 from attn_rewriter.kernels.fully_masked import (
+    faint,
     gradient_of_equal_weights,
     gradient_of_lifted,
     lifted_rows,
     lost,
-    may_mask,
+    loud,
 )
 from attn_rewriter.kernels.masking import keep_mask, scaled_query, sink_scores, summed_bias
 from attn_rewriter.spec import AttentionSpec, Band, Bias, Shapes, same
@@ -51,6 +52,9 @@ class SDPA(Kernel):
     limits = Limits(max_blocks=2**16 - 1)  # pytorch#142228
     goes_round = True
     adds_fills = True
+
+    def goes_through_scores(self, shapes: Shapes) -> bool:
+        return shapes.dtype != torch.float16  # whose numbers do not become small enough (`fully_masked.faint`)
 
     def refusals(self, spec: AttentionSpec, shapes: Shapes, device: Device) -> list[str]:
         form = spec.affine()
@@ -100,7 +104,7 @@ class SDPA(Kernel):
         attn_mask: Any = bias
         keep = None if is_causal else keep_mask(form.masks, shapes, tensors)
         rows, lifted = None, None
-        if spec.fully_masked_rows == "by fill" or may_mask(spec):
+        if spec.fully_masked_rows == "by fill" or spec.may_mask:
             lifted, rows = lifted_rows(spec, shapes, tensors)
             attn_mask = lifted
         elif keep is not None:
@@ -108,13 +112,19 @@ class SDPA(Kernel):
                 rows = ~keep.any(-1, keepdim=True)
             attn_mask = self._mask(keep, rows, bias, spec, shapes, device)
         gradient: Any = None
+        is_faint = False
         if rows is not None:  # with a query of zeros, and all keys shown, all weights are equal
-            if shapes.needs_backward and may_mask(spec):
-                gradient = gradient_of_lifted(attn_mask, rows, query, form.scale, shapes, tensors)
-            elif shapes.needs_backward and spec.fully_masked_rows == "mean, added":
+            through = shapes.needs_backward and (spec.may_mask or spec.fully_masked_rows == "mean, added")
+            is_faint = through and bool(self.no_closed_gradient(spec, shapes))
+            if is_faint:
+                query, value, attn_mask = faint(query, value, attn_mask, rows, shapes)
+            elif through and spec.may_mask:
+                gradient = gradient_of_lifted(query, form.scale, spec, shapes, tensors)
+            elif through:
                 gradient = gradient_of_equal_weights(query, form.scale, shapes, tensors)
                 gradient = torch.where(rows, gradient, gradient.new_zeros(()))
-            query = torch.where(rows, query.new_zeros(()), query)
+            if not is_faint:
+                query = torch.where(rows, query.new_zeros(()), query)
         varies = {axis for m in spec.modifiers if isinstance(m, Bias) for axis in m.axes} | spec.keep.varies_over()
         if attn_mask is not None and "key" not in varies and (device.type == "cuda" or spec.sinks is not None):
             # On CUDA, memory-efficient attention raises where a mask has a stride of 0 along the keys (2.11).
@@ -143,6 +153,8 @@ class SDPA(Kernel):
             output = AroundTheRing(**options)(query, key, value)
         else:
             output = scaled_dot_product_attention(query, key, value, **options)
+        if is_faint and rows is not None:
+            output = loud(output, rows, shapes)
         if gradient is not None:
             output = output + gradient
         if lifted is not None:

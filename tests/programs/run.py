@@ -225,11 +225,11 @@ def _checked(source: str, options: dict[str, Any]) -> Verdict:
     ours = [str(w.message) for w in warned if str(w.message).startswith("attn_rewriter")]
     if error is not None:
         verdict.kind, verdict.said = "raised", _said(error)
-    elif said := _compared(source, names, runner, found, expected):
+    elif said := _compared(source, names, runner, found, expected, rows.rounding):
         verdict.kind, verdict.said = "wrong", said
     elif ours:
         verdict.kind, verdict.said = _warned(ours[0]), ours[0]
-    if verdict.fails and (said := _without_us(source, names, options, expected)):
+    if verdict.fails and (said := _without_us(source, names, options, expected, rows.rounding)):
         return Verdict("not ours", said)
     return verdict
 
@@ -257,19 +257,22 @@ def _compiled(source: str, backend: Any, dynamic: bool | None, expected: list[Se
     return found, runner, None
 
 
-def _without_us(source: str, names: dict[str, Any], options: dict[str, Any], expected: list[Seen]) -> str:
+def _without_us(
+    source: str, names: dict[str, Any], options: dict[str, Any], expected: list[Seen], rounding: float
+) -> str:
     """What is wrong where PyTorch compiles the program without the library."""
     found, runner, error = _compiled(source, options["compiler"], names["DYNAMIC"], expected)
-    return _said(error) if error is not None else _compared(source, names, runner, found, expected)
+    return _said(error) if error is not None else _compared(source, names, runner, found, expected, rounding)
 
 
-def _compared(source: str, names: dict[str, Any], runner: Runner, found: list[Seen], expected: list[Seen]) -> str:
+def _compared(
+    source: str, names: dict[str, Any], runner: Runner, found: list[Seen], expected: list[Seen], rounding: float
+) -> str:
     for number, (a, b) in enumerate(zip(found, expected)):
         if DROPS in source:
             said = _dropped(source, number, a)
         elif names["DTYPE"] == torch.float64:
-            said = difference(a, b, names["TOLERANCE"])
-            said = said and difference(a, b, _tolerance(source, number, b))
+            said = difference(a, b, max(names["TOLERANCE"], rounding))
         else:
             said = _within_the_contract(source, names, runner, number, a, b)
         if said:
@@ -277,29 +280,14 @@ def _compared(source: str, names: dict[str, Any], runner: Runner, found: list[Se
     return ""
 
 
-def _tolerance(source: str, number: int, expected: Seen) -> float:
-    """What a difference in float64 may be: some times that of plain code whose inputs were moved by a rounding unit.
-    (Numbers of 1e11 that are added to all scores of a row leave five digits of these.)"""
-    names = load(source)
-
-    def moved(*args: Any) -> dict[str, Tensor]:
-        return {k: x * (1 + 4e-16) if x.is_floating_point() else x for k, x in names["inputs"](*args).items()}
-
-    runner = Runner(names, source_of_inputs={"inputs": moved})
-    with sdpa_kernel(SDPBackend.MATH):
-        seen = [runner.call(i) for i in range(number + 1)][-1]
-    tolerance: float = names["TOLERANCE"]
-    while tolerance < 1e-3 and difference(seen, expected, tolerance / 8):
-        tolerance *= 4
-    return tolerance
-
-
 class Rows(TorchFunctionMode):
-    """Sees whether plain code has rows in which every key is hidden."""
+    """Sees whether plain code has rows in which every key is hidden, and how much the rounding of its scores can do in
+    float64: of -1e11 that is added to all scores of a row, five digits of these are left."""
 
     def __init__(self) -> None:
         super().__init__()
         self.empty = False
+        self.rounding = 0.0
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -319,12 +307,19 @@ class Rows(TorchFunctionMode):
         return function(*args, **kwargs)
 
     def _see(self, scores: Tensor) -> None:
-        if not self.empty and scores.is_floating_point() and scores.ndim and scores.numel():
-            self.empty = bool((scores.detach().amax(-1) < LOW).any())
+        if not (scores.is_floating_point() and scores.ndim and scores.numel()):
+            return
+        scores = scores.detach().double()
+        self.empty = self.empty or bool((scores.amax(-1) < LOW).any())
+        partly = scores.where(scores.abs() < SWALLOWING, 0.0).abs().max().item()
+        self.rounding = max(self.rounding, 8 * torch.finfo(torch.float64).eps * partly)
 
 
 LOW = -5e3
 """Scores of keys that are hidden are below."""
+
+SWALLOWING = 1e17
+"""Nothing is left in float64 of scores to which as much is added."""
 
 
 def difference(found: Seen, expected: Seen, tolerance: float) -> str:
