@@ -57,7 +57,7 @@ def types(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def written(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     keep = keep * 1
     s = (q @ k.mT * 0.35).masked_fill((keep == 0)[:, None, None, :], INF)
-    keep[:, 3:] = 0
+    keep.copy_(keep.flip(-1))
     return s.softmax(-1).masked_fill((keep == 0)[:, None, None, :], 0.0) @ v
 
 
@@ -282,8 +282,8 @@ def test_a_large_mask_is_compared_in_part(monkeypatch: pytest.MonkeyPatch) -> No
     assert _fused(windowed, inputs) == 1
     right = attn_rewriter.patterns.masks.compare
 
-    def by_one(left: Index, index: Index, name: str) -> Any:
-        return right(left, index + Index(1) if index.offset == 100 else index, name)
+    def by_one(left: Index, index: Index, *rest: Any) -> Any:
+        return right(left, index + Index(1) if index.offset == 100 else index, *rest)
 
     monkeypatch.setattr(attn_rewriter.patterns.masks, "compare", by_one)
     with pytest.warns(UserWarning, match="a mask is read as"):

@@ -40,7 +40,8 @@ class Reference(Kernel):
             scores = self._masked(scores, keep, spec, shapes, tensors)
         if spec.may_mask:
             lifted, rows = lifted_rows(spec, shapes, tensors)
-            scores = torch.where(rows, lifted + (product - product.detach()), scores)
+            through = torch.where(lifted > float("-inf"), product - product.detach(), 0.0)
+            scores = torch.where(rows, lifted + through, scores)
         if spec.sinks is not None:
             sinks = tensors[spec.sinks] if isinstance(spec.sinks, str) else scores.new_full((), spec.sinks)
             scores = torch.cat([scores, sinks.expand_as(scores[..., :1])], dim=-1)
