@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -666,3 +667,108 @@ def test_nothing_is_spent_where_no_row_can_be_without_a_key() -> None:
     assert [site.spec.fully_masked_rows for site in report().sites] == ["impossible"]
     named = {getattr(node.target, "__name__", str(node.target)) for node in graphs[0].graph.nodes}
     assert "mean" not in named and "any" not in named
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Gradients of scores to which masks were added, where no product with one matrix gives them
+
+
+def dropped(weights: Tensor, kept: Tensor | None) -> Tensor:
+    """Half of the weights, by chance, or those that were `kept`."""
+    return F.dropout(weights, 0.5) if kept is None else weights * kept * 2
+
+
+def dropping(fill: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor, kept: Tensor | None) -> Tensor:
+    s = q @ k.mT * 0.3
+    if fill == "numbers":
+        s = s + bias + mask
+    else:
+        s = FILLS[fill](s + bias if fill == "added" else s, mask)
+    return dropped(s.softmax(-1), kept) @ v
+
+
+def inputs_for_dropping(fill: str, mask: str, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+    q, k, _, keep, bias = Program(fill, bias="learned").inputs(mask, 0, dtype, device)
+    if fill == "numbers":
+        keep = torch.zeros(keep.shape, dtype=dtype, device=device).masked_fill(~keep, lowest(q))
+    unit = torch.eye(24, dtype=dtype, device=device).expand(3, 4, -1, -1).clone().requires_grad_()
+    return [q, k, unit, keep, bias]
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("fill", ["added", "filled with -1e9", "numbers"])
+@pytest.mark.parametrize("mask", MASKS)
+def test_dropout_in_rows_without_keys(mask: str, fill: str, compiler: str) -> None:
+    """Values that are a unit matrix show which weights were kept; eager code then keeps the same."""
+    inputs = inputs_for_dropping(fill, mask, torch.float64)
+    fused, report = rewritten(lambda *given: dropping(fill, *given, None), kernel="sdpa", compiler=compiler)
+    found = with_gradients(fused, inputs)
+    assert report().n_fused == 1
+    kept = (found[0] != 0).double()
+    assert_the_same(found, with_gradients(lambda *given: dropping(fill, *given, kept), inputs))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fill", ["added", "filled with -1e9", "numbers"])
+@pytest.mark.parametrize("mask", MASKS)
+def test_dropout_in_rows_without_keys_on_a_gpu(mask: str, fill: str, dtype: torch.dtype) -> None:
+    inputs = inputs_for_dropping(fill, mask, dtype, "cuda")
+    fused, report = rewritten(lambda *given: dropping(fill, *given, None), kernel="sdpa", compiler="inductor")
+    found = with_gradients(fused, inputs)
+    assert report().n_fused == 1
+    kept = (found[0] != 0).to(dtype)
+    eager = with_gradients(lambda *given: dropping(fill, *given, kept), inputs)
+    assert_as_accurate(found, eager, truth(lambda *given: dropping(fill, *given, kept.double()), inputs))
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "reference"])
+@pytest.mark.parametrize("second", MASKS)
+@pytest.mark.parametrize("first", MASKS)
+def test_numbers_that_hide_a_row_unequally(first: str, second: str, kernel: str) -> None:
+    """Where both hide a key, the lowest number twice is minus infinity."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, handed_in: Tensor) -> Tensor:
+        added = torch.zeros_like(keep, dtype=q.dtype).masked_fill(~keep, lowest(q))
+        return (q @ k.mT * 0.3 + handed_in + added).softmax(-1) @ v
+
+    q, k, v, keep, _ = Program("added").inputs(first, 0, torch.float64)
+    hidden = ~MASKS[second](24).roll(5, -1)
+    handed_in = torch.zeros(hidden.shape, dtype=torch.float64).masked_fill(hidden, lowest(q))
+    inputs = [q, k, v, keep, handed_in]
+    fused, report = rewritten(function, kernel=kernel)
+    found, expected = with_gradients(fused, inputs), with_gradients(function, inputs)
+    assert report().n_fused == 1
+    assert torch.equal(found[0].isnan(), expected[0].isnan())
+    if not expected[0].isnan().any():  # which no gradient beside it is free of
+        assert_the_same(found, expected)
+
+
+def test_attention_of_pytorch_adds_in_float32() -> None:
+    """Of float16's lowest number a row's scores are left there."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        added = torch.zeros(keep.shape, dtype=q.dtype).masked_fill(~keep, lowest(q))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=added)
+
+    inputs = [x.detach() for x in Program("added").inputs("empty_sequence", 0, torch.float16)[:4]]
+    fused, report = rewritten(function)
+    torch.testing.assert_close(fused(*inputs), function(*inputs))
+    assert "swallow" in str(report().sites[0].reasons)
+    inputs = [*(x.bfloat16() for x in inputs[:3]), inputs[3]]
+    fused, report = rewritten(function)
+    fused(*inputs)
+    assert report().n_fused == 1
+
+
+def test_a_fill_that_overflows_is_doubted_by_nobody() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        return torch.where(~keep, -1e9, q @ k.mT * 0.3).softmax(-1) @ v
+
+    inputs = Program("where").inputs("empty_sequence", 0, torch.float16)[:4]
+    fused, report = rewritten(function)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        found = fused(*inputs)
+    assert report().n_fused == 1
+    assert torch.equal(found.isnan(), function(*inputs).isnan()) and found.isnan().any()
