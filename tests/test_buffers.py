@@ -21,7 +21,7 @@ import attn_rewriter
 from attn_rewriter.buffers import Memory, State, contents
 from tests.accuracy import assert_as_accurate, assert_the_same
 from tests.models import NothingNarrowed
-from tests.running import rewritten, run_as_is, with_gradients
+from tests.running import run_as_is, with_gradients
 
 SCALE, N = "scale 0.3536", 16
 
@@ -629,33 +629,3 @@ def test_models(name: str) -> None:
     assert_as_accurate(model(ids).logits, expected, exact)
     for words, found in zip(says, said(model)):
         assert words in found
-
-
-def test_a_graph_that_pytorch_can_not_trace_again() -> None:
-    """What is a size of a tensor at first is a number when the graph is traced once more; `torch.cond` then finds the
-    strides of its branches too hard (2.13). It runs all the same."""
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("causal", torch.ones(24, 24, dtype=torch.bool).tril())
-
-        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keep = self.causal[1::2][: q.shape[2], : k.shape[2]]
-
-            def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                return (q @ k.mT).masked_fill(~keep, -1e9).softmax(-1) @ v
-
-            return torch.cond(q.sum() > 0, attend, lambda q, k, v: attend(q, k, v) * 2, (q, k, v))
-
-    def inputs(n: int, m: int) -> list[Tensor]:
-        shapes = [(2, n, 8), (2, m, 8), (2, m, 8)]
-        drawn = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-        return [x.unflatten(-1, (2, 4)).transpose(1, 2) for x in drawn]
-
-    model = Model()
-    fused, report = rewritten(model, dynamic=True, compiler="aot_eager")
-    assert_the_same(fused(*(first := inputs(5, 7))), model(*first))
-    assert report().n_fused == 2
-    model.causal = model.causal.flip(-1)
-    assert_the_same(fused(*(second := inputs(7, 9))), model(*second))

@@ -680,10 +680,7 @@ def dropped(weights: Tensor, kept: Tensor | None) -> Tensor:
 
 def dropping(fill: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor, kept: Tensor | None) -> Tensor:
     s = q @ k.mT * 0.3
-    if fill == "numbers":
-        s = s + bias + mask
-    else:
-        s = FILLS[fill](s + bias if fill == "added" else s, mask)
+    s = s + bias + mask if fill == "numbers" else FILLS[fill](s + bias if fill == "added" else s, mask)
     return dropped(s.softmax(-1), kept) @ v
 
 

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from tests.programs.many import run
 from tests.programs.run import Verdict, check
 from tests.programs.shrink import shrink
 
+ONCE = Path(__file__).parent / "programs" / "once"
 PARTS = 4
 EXAMPLES = int(os.environ.get("ATTN_REWRITER_EXAMPLES", 200))
 SEED = os.environ.get("ATTN_REWRITER_SEED") or f"{datetime.now(timezone.utc):%Y-%m-%d}"
@@ -40,6 +42,12 @@ def test_programs_compute_what_they_did(part: int) -> None:
         + f"\n\n{failed[0].get('smallest', failed[0]['source'])}"
     )
     assert tally.sites > each / 2 and tally.fused > each / 4, "hardly anything is drawn, or fused"
+
+
+@pytest.mark.parametrize("path", sorted(ONCE.glob("*.py")), ids=lambda path: path.stem)
+def test_programs_that_once_failed(path: Path) -> None:
+    verdict = check(path.read_text())
+    assert verdict.kind == "right", verdict.said
 
 
 def test_programs_are_drawn_by_name() -> None:
