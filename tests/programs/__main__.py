@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -37,6 +38,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path, help="a file for all results, as JSON")
     parser.add_argument("--shrink", type=float, default=60.0, help="seconds to make a failing program small; 0: never")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin none after so many")
     parser.add_argument("--options", type=json.loads, default={}, help='for attn_rewriter.Options: {"verify": false}')
     parser.add_argument("--plain", nargs="*", default=[], help="choices that are always the plainest, by their names")
     parser.add_argument(
@@ -65,7 +67,8 @@ def main() -> int:
     started = time.monotonic()
     of = {seed: Tally() for seed in given.seeds}
     whole = Tally()
-    for seed, tally in tallies(given.seeds, given.count, given.jobs, given.options, tuple(given.plain), given.shrink):
+    how = given.options, tuple(given.plain), given.shrink, given.seconds
+    for seed, tally in tallies(given.seeds, given.count, given.jobs, *how):
         of[seed].add(tally)
         whole.add(tally)
         for failure in tally.failures:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
@@ -142,13 +144,21 @@ def sweep(
         ]
 
 
-def _job(job: tuple[str, int, int, dict[str, Any], tuple[str, ...], float]) -> tuple[str, Tally]:
-    return job[0], run(*job)
+def _job(job: tuple[str, int, int, dict[str, Any], tuple[str, ...], float], until: float) -> tuple[str, Tally]:
+    return job[0], run(*job) if time.monotonic() < until else Tally()
 
 
 def tallies(
-    seeds: list[str], count: int, jobs: int, options: dict[str, Any], plain: tuple[str, ...], small: float
+    seeds: list[str],
+    count: int,
+    jobs: int,
+    options: dict[str, Any],
+    plain: tuple[str, ...],
+    small: float,
+    seconds: float = math.inf,
 ) -> Iterator[tuple[str, Tally]]:
+    """Of each seed the same number of programs, some at a time; none are begun after so many seconds."""
+    until = time.monotonic() + seconds
     each = -(-count // len(seeds))
     work = [
         (seed, first, min(CHUNK, each - first), options, plain, small)
@@ -156,5 +166,5 @@ def tallies(
         for seed in seeds
     ]
     with ThreadPoolExecutor(jobs) as threads:  # each waits for a process
-        for done in as_completed([threads.submit(_job, each) for each in work]):
+        for done in as_completed([threads.submit(_job, each, until) for each in work]):
             yield done.result()
