@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,18 +15,18 @@ from torch.fx import GraphModule
 
 from attn_rewriter import torch_private
 from attn_rewriter.device_map import NAME, watch
+from attn_rewriter.errors import AttnRewriterError
 from attn_rewriter.inductor import kept_out, without_attention_patterns
 from attn_rewriter.options import Options
 from attn_rewriter.progress import name_of, working
 from attn_rewriter.torch_private import (
+    BackendCompilerFailed,
     CallbackArgs,
     CallbackTrigger,
     CompileContext,
     TorchRuntimeError,
     callback_handler,
 )
-
-log = logging.getLogger("attn_rewriter")
 
 WITHOUT_AOT = frozenset({"eager", "eager_noexcept", "eager_debug", "pre_dispatch_eager"})
 """Compilers that run the graph under PyTorch's autograd. (One that is given as a callable may do so.)"""
@@ -91,14 +91,26 @@ def compiled_again(graph: GraphModule, backend: Callable[..., Any]) -> Callable[
         return graph(*args)
 
     compiled = torch.compile(with_own_code(forward), backend=Again(backend))
+    failed = False
 
     def call(*args: Any) -> Any:
+        nonlocal failed
+        if failed:
+            return graph(*args)
         try:
             return compiled(*args)
-        except TorchRuntimeError as error:
-            # PyTorch knows less of a size that is a number by now than it knew of one of a tensor, and raises for some
-            # regions then (`torch.cond`, 2.13).
-            log.debug("a graph can't be traced once more", exc_info=error)
+        except (TorchRuntimeError, BackendCompilerFailed) as error:
+            # PyTorch knows less of a graph that is traced once more: what was the size of a tensor is a number, and
+            # inputs are views of each other without a history. Some it does not take then (2.13: `torch.cond`).
+            if isinstance(getattr(error, "inner_exception", None), AttnRewriterError):
+                raise
+            failed = True
+            said = str(error).partition("\n")[0]
+            warnings.warn(
+                "attn_rewriter runs a graph uncompiled that was compiled before, after an error of its compiler: "
+                f"{said}",
+                stacklevel=2,
+            )
             return graph(*args)
 
     return call

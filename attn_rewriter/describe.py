@@ -33,7 +33,17 @@ from attn_rewriter.graph import (
     shape,
     tensor,
 )
-from attn_rewriter.hidden import Done, NotHidden, Zeroing, fully_masked_rows, hidden_from, is_masking, levels, swallows
+from attn_rewriter.hidden import (
+    SWALLOWED,
+    Done,
+    NotHidden,
+    Zeroing,
+    fully_masked_rows,
+    hidden_from,
+    is_masking,
+    levels,
+    swallows,
+)
 from attn_rewriter.patterns.axes import Atom, Dim, Dims, backward, extent, fresh, leaves
 from attn_rewriter.patterns.masks import LONGEST, MaskReader, axes
 from attn_rewriter.patterns.match import Matcher
@@ -415,6 +425,11 @@ class _Reading:
             modifiers = _followed_by(modifiers, modifier)
         dropout_p, gates, zeroing = self._after_softmax(after, late_names)
         stable = self._is_stable(steps, done)
+        if not stable and any(
+            isinstance(step.what, Shift) and isinstance(step.what.by, (int, float)) and abs(step.what.by) > SWALLOWED
+            for step in steps
+        ):
+            refuse("describe", "a number is added to scores whose exponentials may overflow by it", self.site.anchor)
         empty = self._fully_masked_rows(done, zeroing, layout, stable, sinks)
         modifiers = _without_idle_masks([m for m in modifiers if m != Scale(1.0)])
         spec = AttentionSpec(tuple(modifiers), dropout_p, sinks, gates, empty)
@@ -456,6 +471,8 @@ class _Reading:
             may_mask = any(_may_hide(step.modifier) for step in done if isinstance(step.modifier, Bias))
             if may_mask and not stable:
                 raise NotHidden("the maximum is not subtracted from a row that a bias may hide")
+            if may_mask and zeroing == "hidden":
+                raise NotHidden("weights that a mask hides are set to zero, beside a bias that may be a mask, too")
             masks = [(step.modifier, step.dtype) for step in done if isinstance(step.modifier, Mask)]
             if may_mask and not all(swallows(fill, dtype) for mask, dtype in masks for fill in mask.fills):
                 raise NotHidden("a mask's fill does not swallow scores, beside a bias that may be a mask, too")
@@ -655,6 +672,10 @@ class _Reading:
             return self._largest(call["input"])
         if call.name == "arange":
             return max(self._largest(call["start"]), self._largest(call["end"]))
+        if call.name in ("full", "zeros", "ones", "full_like", "zeros_like", "ones_like", "new_full", "new_zeros"):
+            return self._largest(call.args.get("fill_value", 1))
+        if call.name in ("where", "masked_fill"):
+            return max(self._largest(call["input"]), self._largest(call["other" if call.name == "where" else "value"]))
         if call.name in ("add", "sub", "mul"):
             a, b = self._largest(call["input"]), self._largest(call["other"])
             return a * b if call.name == "mul" else a + b * self._largest(call.args.get("alpha", 1))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # the types of the names below
     from torch._dynamo import convert_frame, eval_frame, list_backends, lookup_backend
     from torch._dynamo.callback import CallbackArgs, CallbackTrigger, callback_handler
     from torch._dynamo.convert_frame import CatchErrorsWrapper
-    from torch._dynamo.exc import ShortenTraceback, TorchDynamoException, TorchRuntimeError
+    from torch._dynamo.exc import BackendCompilerFailed, ShortenTraceback, TorchDynamoException, TorchRuntimeError
     from torch._functorch import config as functorch_config
     from torch._functorch import predispatch
     from torch._guards import CompileContext, TracingContext, tracing
@@ -65,6 +65,7 @@ _SHAPES = "torch.fx.experimental.symbolic_shapes"
 
 NAMES = {
     # Dynamo
+    "BackendCompilerFailed": Private("torch._dynamo.exc.BackendCompilerFailed", "tell whether a compiler failed"),
     "CallbackArgs": Private("torch._dynamo.callback.CallbackArgs", "read which compilation begins"),
     "CallbackTrigger": Private("torch._dynamo.callback.CallbackTrigger", "tell a backward pass from a forward pass"),
     "CatchErrorsWrapper": Private("torch._dynamo.convert_frame.CatchErrorsWrapper", "find who called the model"),

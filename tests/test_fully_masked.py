@@ -681,7 +681,7 @@ def dropped(weights: Tensor, kept: Tensor | None) -> Tensor:
 def dropping(fill: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor, kept: Tensor | None) -> Tensor:
     s = q @ k.mT * 0.3
     s = s + bias + mask if fill == "numbers" else FILLS[fill](s + bias if fill == "added" else s, mask)
-    return dropped(s.softmax(-1), kept) @ v
+    return dropped(s.softmax(-1).to(v.dtype), kept) @ v
 
 
 def inputs_for_dropping(fill: str, mask: str, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:

@@ -148,7 +148,8 @@ def faint(
     factor = _faint(shapes)
     if mask is not None and shapes.learned:
         mask = torch.where(rows & mask.isfinite(), mask.detach() + (mask - mask.detach()) * factor, mask)
-    return torch.where(rows, query * factor, query), torch.cat([value, value.detach()], -1), mask
+    # The gradient of what is multiplied by one is no view of a larger one, which `torch.cond` would not take.
+    return torch.where(rows, query * factor, query), torch.cat([value * 1.0, value.detach()], -1), mask
 
 
 def loud(output: Tensor, rows: Tensor, shapes: Shapes) -> Tensor:
@@ -211,6 +212,7 @@ def lost(output: Tensor, lifted: Tensor, spec: AttentionSpec, shapes: Shapes) ->
 def gradient_of_lifted(query: Tensor, scale: float, spec: AttentionSpec, shapes: Shapes, tensors: Tensors) -> Tensor:
     """Zeros, with the gradients of rows that `lifted_rows` lifts, where these are all rows of a head."""
     levels, rows = lifted_rows(spec, shapes, tensors, biases=False)
+    levels = levels[:, : None if "head" in spec.hides_over else 1, :1]  # the same for all queries
     weights = levels.softmax(-1).masked_fill(levels.amax(-1, keepdim=True) == float("-inf"), 0.0)
     gradient = gradient_of_weights(weights, query, scale, shapes, tensors)
     return torch.where(rows, gradient, gradient.new_zeros(()))
