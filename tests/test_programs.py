@@ -47,7 +47,7 @@ def test_programs_compute_what_they_did(part: int) -> None:
 @pytest.mark.parametrize("path", sorted(ONCE.glob("*.py")), ids=lambda path: path.stem)
 def test_programs_that_once_failed(path: Path) -> None:
     verdict = check(path.read_text())
-    assert not verdict.fails, f"{verdict.kind}: {verdict.said}"
+    assert verdict.kind in ("right", "fell back"), f"{verdict.kind}: {verdict.said}"
 
 
 def test_programs_are_drawn_by_name() -> None:
