@@ -230,13 +230,15 @@ class MaskReader:
             base, index, value = last.args
             inside, there = self._place(facts, base, node, at)
             here, there = _selected(index, there, shape(base))  # type: ignore[arg-type]
-            if isinstance(value, Node) and same_storage(value, node):
+            if tensor(value) is not None and (same_storage(value, node) or len(shape(value)) > len(there)):  # type: ignore[arg-type]
                 raise Unreadable("a part of a tensor that is written into another part")
             inside &= here
             new = self.converted(facts, last, value, there, dtype)
-        else:
+        elif is_inplace(last) and last.args and "out" not in last.kwargs:
             inside, there = self._place(facts, last.args[0], node, at)
             new = self._after(facts, last, there, ())
+        else:
+            raise Unreadable(f"a write by {last.target}")
         return as_dtype(_where(inside, new, self._after(facts, node, at, writes[:-1])), dtype)
 
     def _place(self, facts: Facts, view: Any, node: Node, at: tuple[Index, ...]) -> tuple[Predicate, tuple[Index, ...]]:

@@ -273,6 +273,11 @@ OTHERWISE: dict[str, Callable[[], Tensor]] = {
     "nothing counted up": lambda: torch.zeros(Q_LEN, KV_LEN, dtype=BOOL).cumsum(-1) > 0,
     "a sum twice": lambda: torch.add(k(), q(), alpha=2) > 6,
     "another part of itself": lambda: written(x := (k() > q()).clone(), (ALL, slice(3)), x[:, 1:4]),
+    "of one row more": lambda: written(ones(BOOL), 0, (k() > 2)),
+    "a part of itself, given elsewhere": lambda: (
+        x := (k() > q()).clone(),
+        torch.logical_not(x[3:5], out=x[:2]),
+    )[0],
     "every other column": lambda: written(ones(BOOL), (ALL, slice(None, None, 2)), False),
     "an index tensor": lambda: written(ones(BOOL), (ALL, torch.tensor([0, 2])), False),
     "a mask as an index": lambda: written(ones(BOOL), k() > q(), False),
