@@ -425,10 +425,7 @@ class _Reading:
             modifiers = _followed_by(modifiers, modifier)
         dropout_p, gates, zeroing = self._after_softmax(after, late_names)
         stable = self._is_stable(steps, done)
-        if not stable and any(
-            isinstance(step.what, Shift) and isinstance(step.what.by, (int, float)) and abs(step.what.by) > SWALLOWED
-            for step in steps
-        ):
+        if not stable and any(map(self._overflows, steps)):
             refuse("describe", "a number is added to scores whose exponentials may overflow by it", self.site.anchor)
         empty = self._fully_masked_rows(done, zeroing, layout, stable, sinks)
         modifiers = _without_idle_masks([m for m in modifiers if m != Scale(1.0)])
@@ -446,6 +443,15 @@ class _Reading:
         if ring() is None and empty in ("impossible", "zeros", "nan"):
             shapes = replace(shapes, kv_len=spec.keep.reach(shapes.q_len, shapes.kv_len, self._at_most))
         return Description(spec, shapes, operands, layout, output, interior)
+
+    def _overflows(self, step: Step) -> bool:
+        """Whether a number, or a tensor of known ones, is added to scores that is large for an exponential."""
+        match step.what:
+            case Shift(by=by):
+                return isinstance(by, (int, float)) and abs(by) > SWALLOWED
+            case Bias(tensor=Node() as bias):
+                return SWALLOWED < self._largest(bias) < math.inf
+        return False
 
     def _at_most(self, a: Size, b: Size) -> bool:
         """Whether `a <= b`, now and for as long as this graph is called: other sizes are compiled anew."""
@@ -481,7 +487,10 @@ class _Reading:
             if may_mask and trained and filled:
                 raise NotHidden("in training, a mask fills scores beside a bias that may be a mask, too")
             if self.kept and not self._every_row_sees_a_key(layout):
-                return fully_masked_rows(done, zeroing, self._learned() if trained else None, stable)
+                rows = fully_masked_rows(done, zeroing, self._learned() if trained else None, stable)
+                if may_mask and zeroing == "nan" and rows != "zeros":
+                    raise NotHidden("what is no number becomes zero, beside a bias that may be a mask, too")
+                return rows
             return "zeros" if may_mask and zeroing == "nan" else "impossible"
         except NotHidden as shown:
             refuse("describe", str(shown), self.site.anchor)
@@ -638,7 +647,8 @@ class _Reading:
         if set(axes(bias.dims)) == {"head", "key"}:
             return False
         held = tensor(bias.node)
-        if held is not None and self._largest(bias.node) < -hidden_from(held.dtype) / 2:
+        low = torch.promote_types(held.dtype, torch.float16) if held is not None else torch.float16
+        if self._largest(bias.node) < -hidden_from(low) / 2:
             return False
         seen, stack = set[Node](), [bias.node]
         while stack:

@@ -743,9 +743,16 @@ class Facts:
         return between[-1]
 
     def writes(self, node: Node) -> list[Node]:
-        """The nodes that may change the contents of a tensor, or of what shares its memory. (Of tensors whose memory
-        nobody knows, as within `torch.vmap`, any may share that of another one.)"""
-        return self._writes.get(_storage(node), []) if tensor(node) is not None else []
+        """The nodes that may change the contents of a tensor, or of what shares its memory. (Tensors whose memory
+        nobody knows, as within `torch.vmap`, may share that of any other one.)"""
+        if tensor(node) is None:
+            return []
+        storage = _storage(node)
+        if storage is not None and None not in self._writes:
+            return self._writes.get(storage, [])
+        shared = [*self._writes] if storage is None else [storage, None]
+        found = {write for held in shared for write in self._writes.get(held, ())}
+        return sorted(found, key=self.position.__getitem__)
 
     def written(self, node: Node) -> list[Node]:
         """The arguments whose contents a node may change."""

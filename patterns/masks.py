@@ -226,6 +226,7 @@ class MaskReader:
     def _written(self, facts: Facts, node: Node, at: tuple[Index, ...], writes: Sequence[Node]) -> Value:
         """The same, where the last write went into a part of the tensor."""
         last, dtype = writes[-1], _dtype(node)
+        _check_no_element_twice(node)
         if last.target is operator.setitem:
             base, index, value = last.args
             inside, there = self._place(facts, base, node, at)
@@ -248,6 +249,7 @@ class MaskReader:
         call = facts.call(view)
         if call is None or call.name != "getitem":
             raise Unreadable("a write into what is no slice")
+        _check_no_element_twice(view)
         inside, there = self._place(facts, call["input"], node, at)
         here, there = _selected(call["index"], there, shape(call["input"]))
         return inside & here, there
@@ -685,6 +687,13 @@ def indexed(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[
     return reader.read(facts, base, tuple(into), node)
 
 
+def _check_no_element_twice(node: Node) -> None:
+    """A write into a part of what was expanded changes other parts, too."""
+    value = tensor(node)
+    if value is None or any(n != 1 and stride == 0 for n, stride in zip(shape(node), value.stride())):
+        raise Unreadable("a write into what was expanded")
+
+
 def _items(index: Sequence[Any], ndim: int) -> list[Any]:
     """An index with an item for each of so many dimensions."""
     items = [*index]
@@ -700,7 +709,10 @@ def _selected(index: Any, at: tuple[Index, ...], sizes: tuple[Size, ...]) -> tup
     inside: Predicate = EVERY_KEY
     there: list[Index] = []
     left = iter(zip(at, sizes))
-    for item in _items(index if isinstance(index, tuple) else (index,), len(sizes)):
+    items = index if isinstance(index, tuple) else (index,)
+    if any(isinstance(item, bool) for item in items):
+        raise Unreadable("a write at an index")
+    for item in _items(items, len(sizes)):
         if item is None:
             there.append(Index())
             continue
@@ -712,7 +724,7 @@ def _selected(index: Any, at: tuple[Index, ...], sizes: tuple[Size, ...]) -> tup
             )
             inside &= compare(position, Index(first), "ge") & compare(position, Index(end), "lt")
             there.append(position + -Index(first))
-        elif not isinstance(item, (slice, bool)) and _integral(size(item)):
+        elif not isinstance(item, slice) and _integral(size(item)):
             inside &= compare(position, Index(_from_front(size(item), n)), "eq")
         else:
             raise Unreadable("a write at an index")
@@ -770,12 +782,30 @@ def batched(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[
 
 @_reads("remove_batch_dim")
 def unbatched(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[Index, ...]) -> Value:
-    axis, around = call["out_dim"] % len(at), reader.levels
+    # What does not depend on the level is expanded, at the front, wherever its dimension was wanted.
+    axis = call["out_dim"] % len(at) if _depends_on(facts, call["input"], call["level"]) else 0
+    around = reader.levels
     reader.levels = {**around, call["level"]: at[axis]}
     try:
         return reader.read(facts, call["input"], (*at[:axis], *at[axis + 1 :]), node)
     finally:
         reader.levels = around
+
+
+def _depends_on(facts: Facts, node: Node, level: int) -> bool:
+    """Whether a tensor has a dimension that belongs to a level of `torch.vmap`."""
+    seen, stack = set[Node](), [node]
+    while stack:
+        x = stack.pop()
+        call = facts.call(x)
+        if call is not None and call.name == "add_batch_dim" and call["level"] == level:
+            return True
+        left = call is not None and call.name == "remove_batch_dim" and call["level"] == level
+        if x in seen or tensor(x) is None or left:
+            continue
+        seen.add(x)
+        stack += x.all_input_nodes
+    return False
 
 
 @_reads("tril", "triu")

@@ -769,3 +769,42 @@ def test_a_fill_that_overflows_is_doubted_by_nobody() -> None:
         found = fused(*inputs)
     assert report().n_fused == 1
     assert torch.equal(found.isnan(), function(*inputs).isnan()) and found.isnan().any()
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "reference"])
+@pytest.mark.parametrize("fill", ["added", "filled", "filled with infinity"])
+def test_no_number_that_becomes_zero(fill: str, kernel: str) -> None:
+    """In rows that a bias hides, beside a mask."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, bias: Tensor) -> Tensor:
+        s = q @ k.mT * 0.3 + bias
+        if fill == "added":
+            s = s + torch.zeros_like(keep, dtype=q.dtype).masked_fill(~keep, lowest(q))
+        else:
+            s = s.masked_fill(~keep, lowest(q) if fill == "filled" else INF)
+        return s.softmax(-1).nan_to_num(0.0) @ v
+
+    q, k, v, keep, _ = (x.detach() for x in Program("added").inputs("left_padding", 0, torch.float64))
+    bias = torch.zeros(3, 1, 24, 24, dtype=torch.float64)
+    bias[0, :, :9] = INF
+    fused, _ = rewritten(function, kernel=kernel, strict=False, verify=False)
+    try:
+        found = fused(q, k, v, keep, bias)
+    except torch._dynamo.exc.BackendCompilerFailed as refused:
+        assert "no requested kernel" in str(refused)  # noqa: PT017
+    else:
+        torch.testing.assert_close(found, function(q, k, v, keep, bias))
+
+
+def test_exponentials_that_overflow() -> None:
+    """A softmax by hand, to whose scores a large number is added."""
+    inputs = [torch.randn(2, 3, 6, 4) for _ in range(3)]
+    for large in (300.0, torch.full((6,), 300.0)):
+
+        def function(q: Tensor, k: Tensor, v: Tensor, large: Any = large) -> Tensor:
+            e = torch.exp(q @ k.mT * 0.5 + (large if isinstance(large, float) else torch.full((6,), 300.0)))
+            return e / e.sum(-1, keepdim=True) @ v
+
+        fused, report = rewritten(function)
+        assert torch.equal(fused(*inputs).isnan(), function(*inputs).isnan())
+        assert report().n_fused == 0

@@ -273,6 +273,10 @@ OTHERWISE: dict[str, Callable[[], Tensor]] = {
     "nothing counted up": lambda: torch.zeros(Q_LEN, KV_LEN, dtype=BOOL).cumsum(-1) > 0,
     "a sum twice": lambda: torch.add(k(), q(), alpha=2) > 6,
     "another part of itself": lambda: written(x := (k() > q()).clone(), (ALL, slice(3)), x[:, 1:4]),
+    "a row of what was expanded": lambda: written(torch.zeros(1, KV_LEN, dtype=BOOL).expand(Q_LEN, -1), 0, True),
+    "a row of an expanded slice": lambda: (x := torch.ones(1, 9, dtype=BOOL), x.expand(5, 9)[2:4, :3].zero_())[0][
+        :, :7
+    ],
     "of one row more": lambda: written(ones(BOOL), 0, (k() > 2)),
     "a part of itself, given elsewhere": lambda: (
         x := (k() > q()).clone(),

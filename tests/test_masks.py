@@ -355,8 +355,21 @@ def test_a_write_within_vmap_through_another_name() -> None:
     def mask(x: Inputs) -> Tensor:
         return torch.vmap(torch.vmap(keep, in_dims=(None, 0)), in_dims=(0, None))(x.i, x.j)
 
-    (read,) = assert_read(mask, filled, [inputs(SIZES[0])])
-    assert any(read.tensors())
+    given = inputs(SIZES[0])
+    compiled, _ = rewritten(attention(mask, filled), verify=False)
+    assert torch.equal(compiled(*given), attention(mask, filled)(*given))
+
+
+def test_what_vmap_expands() -> None:
+    """What does not depend on the level gets its dimension at the front, wherever that was wanted."""
+
+    def mask(x: Inputs) -> Tensor:
+        return torch.vmap(lambda i: x.j <= 3, out_dims=1)(x.i)
+
+    sizes = SIZES[0]
+    assert sizes.q_len == sizes.kv_len
+    (read,) = assert_read(mask, filled, [inputs(sizes)])
+    assert str(read) == "prefix 4"
 
 
 @pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])

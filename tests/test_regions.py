@@ -397,3 +397,37 @@ def test_inference_mode_that_a_graph_enters() -> None:
     assert_the_same(found, function(*inputs))
     assert [site.kernel for site in report().sites] == ["sdpa", None]
     assert "enters inference mode" in str(report().sites[1].reasons)
+
+
+def _doubled(x: Tensor) -> Tensor:
+    x.mul_(2.0)
+    return x.sum()
+
+
+def _detached(x: Tensor) -> Tensor:
+    x.detach().mul_(2.0)
+    return x.sum()
+
+
+TRANSFORMED: dict[str, Callable[[Tensor], Any]] = {
+    "vmap": torch.vmap(_doubled),
+    "jvp": lambda x: torch.func.jvp(_doubled, (x,), (torch.zeros_like(x),)),
+    "grad": torch.func.grad(_detached),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMED)
+@pytest.mark.parametrize("operand", ["a key", "an input", "a mask"])
+def test_what_a_transform_writes_into(operand: str, transform: str) -> None:
+    """Nobody knows whose memory it writes into."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k = k * 1 if operand == "a key" else k
+        mask = torch.ones(6, 6, dtype=q.dtype).tril()
+        scores = q @ k.mT
+        TRANSFORMED[transform](mask if operand == "a mask" else k)
+        return scores.masked_fill(mask < 1.5, -1e9).softmax(-1) @ (v if operand == "a mask" else v + k)
+
+    inputs = [torch.randn(2, 3, 6, 4, dtype=torch.float64) for _ in range(3)]
+    fused, _ = rewritten(function, verify=False)
+    torch.testing.assert_close(fused(*(x.clone() for x in inputs)), function(*(x.clone() for x in inputs)))

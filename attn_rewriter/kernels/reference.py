@@ -47,7 +47,8 @@ class Reference(Kernel):
             scores = torch.cat([scores, sinks.expand_as(scores[..., :1])], dim=-1)
         weights = torch.softmax(scores, dim=-1)
         if spec.fully_masked_rows == "zeros":
-            weights = torch.where(weights == weights, weights, 0.0) if keep is None else weights.where(keep, 0.0)
+            weights = weights if keep is None else weights.where(keep, 0.0)
+            weights = torch.where(weights == weights, weights, 0.0)
         if spec.sinks is not None:
             weights = weights[..., :-1]
         return F.dropout(weights, spec.dropout_p) @ value
