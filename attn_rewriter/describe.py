@@ -425,7 +425,7 @@ class _Reading:
             modifiers = _followed_by(modifiers, modifier)
         dropout_p, gates, zeroing = self._after_softmax(after, late_names)
         stable = self._is_stable(steps, done)
-        if not stable and any(map(self._overflows, steps)):
+        if not stable and any(self._overflows(step, each.modifier) for step, each in zip(steps, done)):
             refuse("describe", "a number is added to scores whose exponentials may overflow by it", self.site.anchor)
         empty = self._fully_masked_rows(done, zeroing, layout, stable, sinks)
         modifiers = _without_idle_masks([m for m in modifiers if m != Scale(1.0)])
@@ -444,12 +444,13 @@ class _Reading:
             shapes = replace(shapes, kv_len=spec.keep.reach(shapes.q_len, shapes.kv_len, self._at_most))
         return Description(spec, shapes, operands, layout, output, interior)
 
-    def _overflows(self, step: Step) -> bool:
-        """Whether a number, or a tensor of known ones, is added to scores that is large for an exponential."""
+    def _overflows(self, step: Step, read: Modifier | None) -> bool:
+        """Whether a number, or a tensor of known ones that is no mask, is added to scores, too large for an
+        exponential."""
         match step.what:
             case Shift(by=by):
                 return isinstance(by, (int, float)) and abs(by) > SWALLOWED
-            case Bias(tensor=Node() as bias):
+            case Bias(tensor=Node() as bias) if isinstance(read, Bias):
                 return SWALLOWED < self._largest(bias) < math.inf
         return False
 
