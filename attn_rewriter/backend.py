@@ -18,7 +18,7 @@ from attn_rewriter.compilers import WITHOUT_AOT, compiled_again, compiler_of, co
 from attn_rewriter.context_parallel import never_give_up, ring
 from attn_rewriter.device import Device
 from attn_rewriter.device_map import NAME, watch
-from attn_rewriter.errors import AttnRewriterError, RewriteError, is_out_of_memory
+from attn_rewriter.errors import AttnRewriterError, RewriteError, in_a_line, is_out_of_memory
 from attn_rewriter.graph import graph_break
 from attn_rewriter.handed_on import handed_on
 from attn_rewriter.options import Options
@@ -160,7 +160,7 @@ class Backend:
         except AttnRewriterError:
             raise
         except Exception as error:
-            said = _in_a_line(error)
+            said = in_a_line(error)
             if settings.strict or ring():
                 raise RewriteError(f"could not rewrite a graph: {said}") from error
             log.debug("internal error", exc_info=error)
@@ -176,7 +176,7 @@ class Backend:
         except Exception as error:
             if not falls_back or not report.n_fused or not _is_a_failure(error):
                 raise
-            said = _in_a_line(error)
+            said = in_a_line(error)
             log.debug("%s raised for a rewritten graph", self.options.compiler, exc_info=error)
         self._reports[-1] = report.eager(f"{self.options.compiler} raised: {said}")
         warnings.warn(
@@ -207,10 +207,6 @@ class Backend:
     def reset(self) -> None:
         """Called by `torch._dynamo.reset()`."""
         self._compile.reset()
-
-
-def _in_a_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def _is_a_failure(error: Exception) -> bool:

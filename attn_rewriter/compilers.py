@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 
 from attn_rewriter import torch_private
 from attn_rewriter.device_map import NAME, watch
-from attn_rewriter.errors import AttnRewriterError
+from attn_rewriter.errors import AttnRewriterError, in_a_line
 from attn_rewriter.inductor import kept_out, without_attention_patterns
 from attn_rewriter.options import Options
 from attn_rewriter.progress import name_of, working
@@ -85,7 +85,8 @@ def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def compiled_again(graph: GraphModule, backend: Callable[..., Any]) -> Callable[..., Any]:
-    """A graph, traced once more. (All modules of torch's own that `torch.compile` is handed share one code.)"""
+    """A graph, traced once more; where PyTorch can't compile it then, it runs as it is, with one warning. (All modules
+    of torch's own that `torch.compile` is handed share one code.)"""
 
     def forward(*args: Any) -> Any:
         return graph(*args)
@@ -105,10 +106,9 @@ def compiled_again(graph: GraphModule, backend: Callable[..., Any]) -> Callable[
             if isinstance(getattr(error, "inner_exception", None), AttnRewriterError):
                 raise
             failed = True
-            said = str(error).partition("\n")[0]
             warnings.warn(
                 "attn_rewriter runs a graph uncompiled that was compiled before, after an error of its compiler: "
-                f"{said}",
+                f"{in_a_line(error)}",
                 stacklevel=2,
             )
             return graph(*args)

@@ -46,6 +46,11 @@ class RewriteError(AttnRewriterError):
     chained), and within `context_parallel()` because it would be wrong."""
 
 
+def in_a_line(error: BaseException) -> str:
+    """An error's type and the first line of what it says."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether something failed for want of memory, also where it says so in words alone: PyTorch's allocator on CPU, a
     package's own, or a compiler that caught it."""

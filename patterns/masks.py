@@ -688,7 +688,7 @@ def indexed(reader: MaskReader, facts: Facts, node: Node, call: Call, at: tuple[
 
 
 def _check_no_element_twice(node: Node) -> None:
-    """A write into a part of what was expanded changes other parts, too."""
+    """Raises `Unreadable` for what was expanded: a write into a part of it changes other parts, too."""
     value = tensor(node)
     if value is None or any(n != 1 and stride == 0 for n, stride in zip(shape(node), value.stride())):
         raise Unreadable("a write into what was expanded")

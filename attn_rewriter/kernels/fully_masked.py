@@ -139,13 +139,15 @@ def gradient_of_weights(weights: Tensor, query: Tensor, scale: float, shapes: Sh
 def faint(
     query: Tensor, value: Tensor, mask: Tensor | None, rows: Tensor, shapes: Shapes
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A query, values, and what is added to the scores, for a kernel whose output `loud` then makes right: the scores
-    of `rows` are next to nothing there, and have their gradients.
+    """A query, values, and what is added to the scores, for a kernel whose output `loud` then makes right. The scores
+    of `rows` are next to nothing in it, and still get their gradients.
 
-    The scores of a row become smaller by a factor that rounding does not see. The gradient of its output is to become
-    larger by as much, so that query and key get what they should, but not for the values: these stand beside
-    themselves once more, to get no gradient, and the larger one goes through them. It is taken back from biases."""
-    factor = _faint(shapes)
+    The query of such a row is multiplied by a small power of two: its scores no longer change the weights. The gradient
+    of its output is divided by that number, or query and key would get too little. The values must not get this larger
+    gradient. So the kernel is given them twice, as they are and detached, and the larger gradient goes through the
+    detached half alone. A bias gets the gradient of the scores as it is, which is multiplied back.
+    """
+    factor = _faintness(shapes)
     if mask is not None and shapes.learned:
         mask = torch.where(rows & mask.isfinite(), mask.detach() + (mask - mask.detach()) * factor, mask)
     # The gradient of what is multiplied by one is no view of a larger one, which `torch.cond` would not take.
@@ -155,11 +157,11 @@ def faint(
 def loud(output: Tensor, rows: Tensor, shapes: Shapes) -> Tensor:
     """The output of a kernel that was given what `faint` makes."""
     output, again = output.chunk(2, dim=-1)
-    again = (again - again.detach()) / _faint(shapes)
+    again = (again - again.detach()) / _faintness(shapes)
     return output + torch.where(rows, again, again.new_zeros(()))
 
 
-def _faint(shapes: Shapes) -> float:
+def _faintness(shapes: Shapes) -> float:
     return 2.0**-80 if shapes.dtype == torch.float64 else 2.0**-40
 
 

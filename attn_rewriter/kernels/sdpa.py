@@ -112,19 +112,18 @@ class SDPA(Kernel):
                 rows = ~keep.any(-1, keepdim=True)
             attn_mask = self._mask(keep, rows, bias, spec, shapes, device)
         gradient: Any = None
-        is_faint = False
-        if rows is not None:  # with a query of zeros, and all keys shown, all weights are equal
-            through = shapes.needs_backward and (spec.may_mask or spec.fully_masked_rows == "mean, added")
-            is_faint = through and bool(self.no_closed_gradient(spec, shapes))
-            if is_faint:
-                query, value, attn_mask = faint(query, value, attn_mask, rows, shapes)
-            elif through and spec.may_mask:
+        faint_rows: Any = None
+        through = shapes.needs_backward and (spec.may_mask or spec.fully_masked_rows == "mean, added")
+        if rows is not None and through and self.no_closed_gradient(spec, shapes):
+            faint_rows = rows
+            query, value, attn_mask = faint(query, value, attn_mask, rows, shapes)
+        elif rows is not None:  # with a query of zeros, and all keys shown, all weights are equal
+            if through and spec.may_mask:
                 gradient = gradient_of_lifted(query, form.scale, spec, shapes, tensors)
             elif through:
                 gradient = gradient_of_equal_weights(query, form.scale, shapes, tensors)
                 gradient = torch.where(rows, gradient, gradient.new_zeros(()))
-            if not is_faint:
-                query = torch.where(rows, query.new_zeros(()), query)
+            query = torch.where(rows, query.new_zeros(()), query)
         varies = {axis for m in spec.modifiers if isinstance(m, Bias) for axis in m.axes} | spec.keep.varies_over()
         if attn_mask is not None and "key" not in varies and (device.type == "cuda" or spec.sinks is not None):
             # On CUDA, memory-efficient attention raises where a mask has a stride of 0 along the keys (2.11).
@@ -153,8 +152,8 @@ class SDPA(Kernel):
             output = AroundTheRing(**options)(query, key, value)
         else:
             output = scaled_dot_product_attention(query, key, value, **options)
-        if is_faint and rows is not None:
-            output = loud(output, rows, shapes)
+        if faint_rows is not None:
+            output = loud(output, faint_rows, shapes)
         if gradient is not None:
             output = output + gradient
         if lifted is not None:
